@@ -1,0 +1,130 @@
+"""The contract of a number format: what its codes mean, where its levels sit, and how both lie in a file.
+
+A weight is a matrix (out, in). A format's codes have the same shape; its Grid says, for every group of columns of a
+row, where the levels sit. Everything a solver asks is here: fit a grid, encode and decode the whole matrix or any run
+of its columns, pack and unpack.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from llmquant_kernels import PackedWeight
+from torch import Tensor
+
+from llmquant.errors import NonFiniteInput
+
+Granularity = int | str  # columns that share a scale, or "channel" (one scale per row), or "tensor" (one for all)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and type of one stored tensor, known before any weight exists."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the levels of one weight sit. Values are float32, and exactly what the file can hold."""
+
+    scale: Tensor  # (out or 1, groups)
+    zero: Tensor | None  # (out or 1, groups), in the unit its format says; None: zero
+    group: int  # columns that share an entry
+    start: int = 0  # columns of the first group that lie left of this grid
+
+    def columns(self, start: int, stop: int) -> Grid:
+        """The grid of columns [start, stop) alone; a view, nothing is copied."""
+        start, stop = self.start + start, self.start + stop
+        first, last = start // self.group, -(-stop // self.group)
+        zero = None if self.zero is None else self.zero[:, first:last]
+        return Grid(self.scale[:, first:last], zero, self.group, start - first * self.group)
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """The grid of rows [start, stop) alone; a view."""
+        if self.scale.shape[0] == 1:
+            return self
+        zero = None if self.zero is None else self.zero[start:stop]
+        return Grid(self.scale[start:stop], zero, self.group, self.start)
+
+    def segments(self, columns: int) -> Iterator[tuple[slice, slice, int]]:
+        """Cut `columns` columns into at most three runs of equally long groups: (columns, groups, columns a group)."""
+        column, group = 0, 0
+        while column < columns:
+            width = min(self.group - (self.start if column == 0 else 0), columns - column)
+            count = max(1, (columns - column) // self.group) if width == self.group else 1
+            yield slice(column, column + count * width), slice(group, group + count), width
+            column, group = column + count * width, group + count
+
+
+class Format(ABC):
+    """What codes mean. Instances are immutable values: equal specs are equal formats."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> str:
+        """The text that `formats.get` turns into this very format."""
+
+    @abstractmethod
+    def stored_for(self, dtype: torch.dtype) -> Format:
+        """This format with its scale type, where the spec left it open, settled for a weight of type `dtype`."""
+
+    @abstractmethod
+    def fit(self, w: Tensor, importance: Tensor | None = None, *, clip: str = "search") -> Grid:
+        """The grid for w (out, in) float32.
+
+        importance (in,): what an error in each column weighs, the diagonal of the Hessian. Raises NonFiniteInput,
+        ScaleOverflow, PlanError for an unknown clip mode.
+        """
+
+    @abstractmethod
+    def encode(self, w: Tensor, grid: Grid) -> Tensor:
+        """Codes (out, columns) of the levels nearest to w (out, columns) float32."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """The values (out, columns) float32 that the codes stand for."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """Codes and grid of a whole weight as the tensors of the file, by suffix."""
+
+    @abstractmethod
+    def unpack(self, named: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Grid]:
+        """The inverse of pack."""
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """Suffix -> what pack returns for a weight of this shape. Raises PlanError where the format cannot hold it."""
+
+    @abstractmethod
+    def packed_weight(self, named: dict[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+        """The file's tensors as the kernels take them; works on meta tensors."""
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Every stored bit of a weight of this shape, divided by its elements."""
+        return 8 * sum(spec.nbytes for spec in self.layout(shape).values()) / math.prod(shape)
+
+    def quantize(self, w: Tensor, importance: Tensor | None = None, *, clip: str = "search") -> tuple[Tensor, Grid]:
+        """Fit, then encode: (codes, grid)."""
+        grid = self.fit(w, importance, clip=clip)
+        return self.encode(w, grid), grid
+
+
+def check_finite(w: Tensor) -> None:
+    """Raises NonFiniteInput naming the first NaN or Inf of w (out, in) and its index."""
+    if torch.isfinite(w.sum(dtype=torch.float64)):  # a finite sum has finite terms: one pass and no copy
+        return
+    bad = (~torch.isfinite(w)).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise NonFiniteInput(f"{w[row, column].item()} at [{row}, {column}], {len(bad)} non-finite values in all")

@@ -1,0 +1,102 @@
+"""How far a group's grid reaches: named rules that pick the range (low, high) the levels cover.
+
+Every rule takes x (rows, groups, columns) float32 and returns low, high (rows, groups). Whether a range that excludes
+zero is legal, and what becomes of it, is the format's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+HISTOGRAM_BINS = 2048  # as in the calibrators of TensorRT, from which the KL rule comes
+
+
+def minmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole range."""
+    low, high = torch.aminmax(x, dim=-1)
+    return low, high
+
+
+def percentile(x: Tensor, fraction: float = 0.999) -> tuple[Tensor, Tensor]:
+    """The central `fraction` quantiles at both ends, interpolated. Of use per tensor and channel; groups are too small."""
+    ordered = x.sort(dim=-1).values
+    last = x.shape[-1] - 1
+    return _interpolated(ordered, (1 - fraction) * last), _interpolated(ordered, fraction * last)
+
+
+def _interpolated(ordered: Tensor, position: float) -> Tensor:
+    below = int(position)
+    above = min(below + 1, ordered.shape[-1] - 1)
+    return torch.lerp(ordered[..., below], ordered[..., above], position - below)
+
+
+def kl(x: Tensor, levels: int, step: int = 16) -> tuple[Tensor, Tensor]:
+    """The threshold t whose histogram of min(|x|, t), coarsened to `levels` bins, is nearest to that of |x| by KL.
+
+    S. Migacz, "8-bit inference with TensorRT" (GTC 2017), with thresholds at every `step`-th of 2048 bins. Both ends
+    are shrunk by the same factor.
+    """
+    low, high = minmax(x)
+    reach = torch.maximum(high, -low)
+    magnitudes = x.abs() / reach.clamp_min(torch.finfo(x.dtype).tiny).unsqueeze(-1)
+    bins = (magnitudes * HISTOGRAM_BINS).long().clamp_(max=HISTOGRAM_BINS - 1)
+    counts = torch.zeros(*x.shape[:-1], HISTOGRAM_BINS, device=x.device)
+    counts.scatter_add_(-1, bins, torch.ones_like(magnitudes))
+    best = torch.full_like(reach, torch.inf)
+    factor = torch.ones_like(reach)
+    for stop in range(max(levels, step), HISTOGRAM_BINS + 1, step):
+        divergence = _coarsening_divergence(counts, stop, levels)
+        better = divergence < best
+        best = torch.where(better, divergence, best)
+        factor = torch.where(better, stop / HISTOGRAM_BINS, factor)
+    return low * factor, high * factor
+
+
+def _coarsening_divergence(counts: Tensor, stop: int, levels: int) -> Tensor:
+    """KL(p || q): p the first `stop` bins with all that lies beyond added to the last, q its coarsening."""
+    p = counts[..., :stop].clone()
+    occupied = (p > 0).float()
+    p[..., -1] += counts[..., stop:].sum(-1)
+    coarse = torch.arange(stop, device=counts.device) * levels // stop
+    index = coarse.expand_as(p)
+    sums = torch.zeros(*p.shape[:-1], levels, device=p.device).scatter_add_(-1, index, counts[..., :stop])
+    used = torch.zeros_like(sums).scatter_add_(-1, index, occupied)
+    q = (sums / used.clamp_min(1)).gather(-1, index) * occupied
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True).clamp_min(1)
+    # A bin that holds only what was clipped has q = 0: charge it as if it held a millionth.
+    terms = torch.where(p > 0, p * (p.clamp_min(1e-30).log() - q.clamp_min(1e-6).log()), 0)
+    return terms.sum(-1)
+
+
+def search(
+    x: Tensor,
+    importance: Tensor | None,
+    candidates: list[Callable[[], tuple[Tensor, Tensor | None]]],
+    error: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    norm: float = 2.0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The first (scale, zero) of the candidates with the least sum of importance * |error|**norm, for every group.
+
+    error(x, scale, zero) -> a fresh tensor of x's shape. importance: broadcastable to x. A candidate that does not
+    fit its stored type is not finite and never wins. Returns scale, zero, loss (rows, groups).
+    """
+    best_scale, best_zero = candidates[0]()
+    best = weighted_loss(error(x, best_scale, best_zero), importance, norm)
+    for candidate in candidates[1:]:
+        scale, zero = candidate()
+        loss = weighted_loss(error(x, scale, zero), importance, norm)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_scale = torch.where(better, scale, best_scale)
+        if zero is not None and best_zero is not None:
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero, best
+
+
+def weighted_loss(error: Tensor, importance: Tensor | None, norm: float = 2.0) -> Tensor:
+    """sum over columns of importance * |error|**norm; overwrites error."""
+    powers = error.square_() if norm == 2.0 else error.abs_().pow_(norm)
+    return (powers if importance is None else powers.mul_(importance)).sum(-1)

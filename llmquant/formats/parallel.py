@@ -1,0 +1,35 @@
+"""Rows of a weight are independent: work on as many at a time as fit a core's cache, on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+# Elements of one piece. Float32, two temporaries: 2 MB, the second-level cache of current server cores. Measured on
+# one: the range search is 2.2 times faster in pieces of 2**18 than on a whole 4096 x 11008 weight.
+PIECE = 2**18
+
+
+def over_rows(work: Callable[[int, int], None], rows: int, columns: int, device: torch.device) -> None:
+    """Call work(start, stop) until all rows are done. On a GPU in one piece; on a CPU in pieces, one thread a core.
+
+    The result cannot depend on the number of threads as long as `work` treats rows independently.
+    """
+    step = max(1, PIECE // max(1, columns))
+    if device.type != "cpu" or rows <= step:
+        return work(0, rows)
+    threads = torch.get_num_threads()
+    pieces = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if threads == 1:
+        for piece in pieces:
+            work(*piece)
+        return None
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(lambda piece: work(*piece), pieces):
+                pass
+    finally:
+        torch.set_num_threads(threads)  # torch also notes a worker's setting as the default of threads yet to start
+    return None
