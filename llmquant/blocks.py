@@ -10,13 +10,17 @@ and merging that `from_pretrained` does is done here too, and that a model trans
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -28,6 +32,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import set_tqdm_hook
@@ -35,7 +40,10 @@ from transformers.utils.logging import set_tqdm_hook
 from .errors import CheckpointError, PlanError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of one call of a block, (args, kwargs), without the hidden states that come first."""
+"""The arguments with which a block is called, (args, kwargs), without the hidden states that come first."""
+
+Answer = Callable[[int, Tensor, Call], Tensor]
+"""What a stand-in returns for (block, hidden states, call)."""
 
 
 class TensorSource(Protocol):
@@ -51,7 +59,7 @@ class TensorSource(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def slices(self, names: Iterable[str]) -> AbstractContextManager[Mapping[str, Any]]:
+    def slices(self, names: list[str]) -> AbstractContextManager[Mapping[str, Any]]:
         """{name: safetensors slice}: opened without reading data, closed at the end of the context."""
 
 
@@ -107,9 +115,10 @@ class StreamedModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        self.config = _read_config(checkpoint.folder, trust_remote_code)
-        self.dtype = dtype or _stored_dtype(checkpoint, self.config)
-        self.model = _skeleton(self.config, self.dtype, trust_remote_code)
+        config = _read_config(checkpoint.folder, trust_remote_code)
+        self.dtype = dtype or _stored_dtype(checkpoint, config)
+        self.model = _skeleton(config, self.dtype, trust_remote_code)
+        self.config = self.model.config
         for module in self.model.modules():  # the buffers that are computed, such as rotary frequencies, are real
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -117,6 +126,9 @@ class StreamedModel:
         list_name, self._blocks = _find_blocks(self.model)
         self.block_names = [f"{list_name}.{index}" for index in range(len(self._blocks))]
         self._parameter_of, self._converted = self._map_names()
+        self._keys_of: dict[str, list[str]] = {}
+        for key, parameter in self._parameter_of.items():
+            self._keys_of.setdefault(parameter, []).append(key)
         self._check_on_meta()
         self._block_keys: list[list[str]] = [[] for _ in self.block_names]
         for key, parameter in self._parameter_of.items():
@@ -163,14 +175,14 @@ class StreamedModel:
 
     def source_key(self, parameter: str) -> str | None:
         """The checkpoint's name of a parameter named in memory; None where it was merged, split, tied or is unknown."""
-        keys = [key for key, name in self._parameter_of.items() if name == parameter]
+        keys = self._keys_of.get(parameter, [])
         return keys[0] if len(keys) == 1 and parameter not in self._converted else None
 
     # ---------------------------------------------------------------------------------------- loading and freeing
 
     def load_outside(self) -> None:
         """Load all that lies outside the blocks, and tie what the model ties."""
-        info = self._load(key for key in self.outside_keys() if key in self._parameter_of)
+        info = self._load([key for key in self.outside_keys() if key in self._parameter_of])
         self.model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
         self._finish("the part outside the blocks", self._outside_modules())
 
@@ -205,18 +217,20 @@ class StreamedModel:
         def record(block: int, states: Tensor, call: Call) -> Tensor:
             same = not hidden or states is hidden[0] or torch.equal(states, hidden[0])
             if block in calls or not same:
-                raise PlanError(f"{self.block_names[block]}: the model does more than call its blocks one after another")
+                raise PlanError(
+                    f"{self.block_names[block]}: something happens between the blocks, or a block runs twice"
+                )
             hidden[:] = hidden or [states]
             calls[block] = call
             return states
 
-        def run() -> Tensor:
+        def run(tokens: Tensor) -> Tensor:
             hidden.clear()
             calls.clear()
-            return self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)[0]
+            return self.model.base_model(input_ids=tokens, use_cache=False)[0]
 
         with torch.no_grad():
-            self._run_with_stand_ins(record, run)
+            self._run_with_stand_ins(input_ids, record, run)
         if len(calls) != len(self.block_names):
             raise PlanError(f"the model calls {len(calls)} of its {len(self.block_names)} blocks")
         return hidden[0], [calls[block] for block in range(len(calls))]
@@ -234,28 +248,254 @@ class StreamedModel:
         else comes after the blocks need no names. The part outside the blocks must be loaded.
         """
 
-        def run() -> Tensor:
-            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+        def run(tokens: Tensor) -> Tensor:
+            return self.model(input_ids=tokens, use_cache=False).logits
 
-        return self._run_with_stand_ins(lambda block, states, call: hidden, run)
+        return self._run_with_stand_ins(input_ids, lambda block, states, call: hidden, run)
 
     # ---------------------------------------------------------------------------------------- inside
 
-    def _run_with_stand_ins(self, answer: Callable[[int, Tensor, Call], Tensor], run: Callable[[], Tensor]) -> Tensor:
-        """`run()` with each block replaced by `answer`, in the form (tensor or tuple) that this model expects.
+    def _run_with_stand_ins(self, input_ids: Tensor, answer: Answer, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """`run(input_ids)` with each block replaced by `answer`.
 
-        The first run finds out which. A model that takes the first of a tuple would take the first row of a tensor;
-        that loses the batch dimension, which shows in the next stand-in or in the result.
+        Some models take a tensor from their blocks, some the first of a tuple; the first run finds out which.
         """
-        if any(value.is_meta for module in self._outside_modules() for value in module._parameters.values() if value is not None):
-            raise RuntimeError("call load_outside() before the model is run")
-        known = self._blocks_return_tuples
-        first_error: Exception | None = None
-        for as_tuple in (False, True) if known is None else (known,):
-            leading: set[torch.Size] = set()
-            blocks = list(self._blocks)
+        if any(value.is_meta for module in self._outside_modules() for value in module.parameters(recurse=False)):
+            raise RuntimeError("call load_outside() before running the model")
+        forms = (False, True) if self._blocks_return_tuples is None else (self._blocks_return_tuples,)
+        errors: list[Exception] = []
+        for as_tuple in forms:
             try:
-                for index, block in enumerate(blocks):
-                    self._blocks[index] = _StandIn(block, index, answer, as_tuple, leading)
-                leading.add(run().shape[:-1])
-            ...
+                result = self._run_in_form(as_tuple, input_ids.to(self.device), answer, run)
+            except (PlanError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # what a model does with the wrong form is not known
+                if self._blocks_return_tuples is not None:
+                    raise
+                errors.append(error)
+            else:
+                self._blocks_return_tuples = as_tuple
+                return result
+        raise PlanError(f"{type(self.model).__name__} does not run with its blocks replaced: {errors}") from errors[0]
+
+    def _run_in_form(
+        self, as_tuple: bool, input_ids: Tensor, answer: Answer, run: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """One run with stand-ins that return a tuple or a tensor. Raises some error if that is the wrong form."""
+        shapes = set()
+
+        def forward(block: int, states: Tensor, call: Call) -> Any:
+            shapes.add(states.shape)
+            states = answer(block, states, call)
+            return (states, None) if as_tuple else states
+
+        blocks = list(self._blocks)
+        try:
+            for index, block in enumerate(blocks):
+                self._blocks[index] = _StandIn(block, partial(forward, index))
+            result = run(input_ids)
+        finally:
+            for index, block in enumerate(blocks):
+                self._blocks[index] = block
+        # "The first of the tuple" of a tensor is its first row: that is no error, but the batch dimension is gone.
+        if len(shapes) != 1 or result.shape[:-1] != input_ids.shape:
+            raise ValueError(f"the batch changes from block to block: {shapes} -> {tuple(result.shape)}")
+        return result
+
+    def _map_names(self) -> tuple[dict[str, str], set[str]]:
+        """({checkpoint name: name in memory}, the names in memory that are merged or split), for the names known.
+
+        Where one stored tensor is split, its first part stands for all: they are in the same block.
+        """
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [change for change in mapping if isinstance(change, WeightRenaming)]
+        converters = [change for change in mapping if isinstance(change, WeightConverter)]
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        names, converted = {}, set()
+        for key in self.checkpoint.names():
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = key, None
+            if name in state:
+                names[key] = name
+                if pattern is not None:
+                    converted.add(name)
+        return names, converted
+
+    def _check_on_meta(self) -> None:
+        """Load the whole checkpoint as tensors without data: what is missing or misshapen shows at once."""
+        stored = {
+            key: torch.empty(self.checkpoint.shape(key), dtype=self.checkpoint.dtype(key), device="meta")
+            for key in self._parameter_of
+        }
+        info = self._convert(stored, torch.device("meta"))
+        missing = set(info.missing_keys)
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        optional = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ["(?!)"]))
+        state = self.model.state_dict()  # an optional buffer keeps the value it was built with
+        missing = {name for name in missing if state[name].is_meta or not optional.search(name)}
+        wrong = {name: (tuple(has), tuple(needs)) for name, has, needs in info.mismatched_keys}
+        problems = [f"{name}: stored as {has}, the model needs {needs}" for name, (has, needs) in sorted(wrong.items())]
+        problems += [f"{name}: {reason}" for name, reason in sorted(info.conversion_errors.items())]
+        problems += [f"{name}: missing" for name in sorted(missing - wrong.keys())]
+        if problems:
+            unknown = [key for key in self.checkpoint.names() if key not in self._parameter_of]
+            raise CheckpointError(
+                f"{self.checkpoint.folder} does not hold what {type(self.model).__name__} needs:\n  "
+                + "\n  ".join(_shortened(problems))
+                + (f"\nThe model does not know: {', '.join(_shortened(unknown))}" if unknown else "")
+            )
+
+    def _load(self, keys: list[str]) -> Any:
+        with self.checkpoint.slices(keys) as slices:
+            return self._convert(dict(slices), self.device)
+
+    def _convert(self, tensors: dict[str, Any], device: torch.device) -> Any:
+        """Put stored tensors into the model under the names and in the forms it has in memory."""
+        load_config = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),  # collects tensors: a fresh one for each load
+        )
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load_config)
+        return info
+
+    def _finish(self, what: str, modules: Iterable[nn.Module]) -> None:
+        empty = []
+        for module in modules:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            empty += [f"{type(module).__name__}.{name}" for name, value in tensors if value.is_meta]
+        if empty:
+            raise CheckpointError(f"{what}: the checkpoint filled no {', '.join(empty)}")
+
+    def _outside_modules(self) -> Iterator[nn.Module]:
+        inside = set(self._blocks.modules())
+        return (module for module in self.model.modules() if module not in inside)
+
+    def _router_parameters(self, block: int) -> set[str]:
+        """The parameters of a block, named within it, with one row an expert, in a module that holds the experts."""
+        text_config = self.config.get_text_config()
+        counts = ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = {number for count in counts if (number := getattr(text_config, count, None)) is not None}
+        holders = {
+            name
+            for name, module in self._blocks[block].named_modules()
+            if name and any(_holds_experts(child, experts) for child in module.modules())
+        }
+        return {
+            name
+            for name, value in self._blocks[block].named_parameters()
+            if value.ndim == 2 and len(value) in experts and any(name.startswith(f"{holder}.") for holder in holders)
+        }
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a block: passes its calls on, and shows the block's attributes, which some models read."""
+
+    def __init__(self, block: nn.Module, answer: Callable[[Tensor, Call], Any]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not as a submodule: the block is no part of the model meanwhile
+        self._answer = answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self._answer(args[0], (args[1:], kwargs))
+        hidden = kwargs.pop("hidden_states")
+        return self._answer(hidden, ((), kwargs))
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a causal language model that is not quantized yet."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = stored.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: config.json cannot be read: {error}") from error
+    if name not in CONFIG_MAPPING_NAMES and not (trust_remote_code and "auto_map" in stored):
+        advice = (
+            "its own code is in the folder: allow remote code if you trust it" if "auto_map" in stored else "upgrade"
+        )
+        raise PlanError(f"{folder}: transformers {transformers.__version__} does not know {name!r} models; {advice}")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # whatever the config class raises, the file is at fault
+        raise CheckpointError(f"{folder}: config.json is no valid {name!r} config: {error}") from error
+    if (quantization := stored.get("quantization_config")) is not None:
+        method = quantization.get("quant_method", "unknown method")
+        raise PlanError(f"{folder} is quantized already ({method}); start from the original checkpoint")
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        raise PlanError(f"{folder}: {name!r} is not a causal language model, and nothing else can be quantized")
+    return config
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without data: parameters on the meta device, computed buffers real."""
+    # The attention implementation is left to the model: forcing one changes the results of some.
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise PlanError(f"no causal language model can be built for {config.model_type!r}: {error}") from error
+    return model.eval()
+
+
+def _stored_dtype(checkpoint: TensorSource, config: PretrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if dtype is not None:
+        return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    for name in checkpoint.names():
+        if checkpoint.dtype(name).is_floating_point:
+            return checkpoint.dtype(name)
+    raise CheckpointError(f"{checkpoint.folder} holds no floating tensor")
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the repeated blocks: the largest list as long as the config says the model is deep."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for root in (model.get_decoder(), model):
+        lists = [part for part in root.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+        if lists:
+            largest = max(lists, key=lambda part: sum(value.numel() for value in part.parameters()))
+            return next(name for name, part in model.named_modules() if part is largest), largest
+    raise PlanError(f"{type(model).__name__} has no list of repeated blocks as long as its num_hidden_layers, {depth}")
+
+
+def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
+    """Whether a module is a list of experts, or holds them as 3-D parameters."""
+    if isinstance(module, nn.ModuleList):
+        return len(module) in counts
+    return any(value.ndim == 3 and len(value) in counts for value in module.parameters(recurse=False))
+
+
+def _send_to_meta(modules: Iterable[nn.Module]) -> None:
+    """Drop the data of all that a checkpoint stores; computed buffers stay."""
+    for module in modules:
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="meta")
+            module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            if getattr(buffer, "_is_hf_initialized", False):  # the loading code marks what it fills
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar for each block; the user's own hook comes back after."""
+    previous = set_tqdm_hook(lambda factory, args, kwargs: args[0])
+    try:
+        yield
+    finally:
+        set_tqdm_hook(previous)
+
+
+def _shortened(lines: list[str], most: int = 10) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]

@@ -1,0 +1,356 @@
+"""The command line: one verb, one call."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llmquant.errors import LlmquantError, PlanError, VerificationError
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 unexpected failure; 2 wrong command line; 3 the model cannot be read; 4 the plan cannot be "
+    "carried out; 5 the output folder cannot be used; 6 calibration or evaluation text cannot be used; 7 verification "
+    "failed; 130 interrupted."
+)
+app = typer.Typer(
+    help="Quantize the weights of a large language model, load it, and measure what was lost.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console()
+notes = Console(stderr=True)
+INTERRUPTED = 130
+
+ModelArgument = Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or a hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+TextOption = Annotated[str, typer.Option(help="Text to measure on: a text, JSON, JSONL or parquet file, or a dataset id.")]
+
+
+def main() -> None:
+    """Run the command line; known failures end in one line and their exit code."""
+    try:
+        app(standalone_mode=True)
+    except LlmquantError as error:
+        notes.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _progress_bar(quiet: bool) -> Iterator[Any]:
+    """A bar with the time left, as a callback (what, done, total); a new total begins a new bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=notes, disable=quiet) as bar:
+        tasks: dict[int, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if total not in tasks:
+                tasks[total] = bar.add_task(what, total=total)
+            bar.update(tasks[total], description=what, completed=done)
+
+        yield report
+
+
+# ---- quantize
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write [MODEL-FORMAT].")] = None,
+    bits: Annotated[int, typer.Option(help="Bits of an integer weight, 2 to 8.")] = 4,
+    group: Annotated[str, typer.Option(help="Columns that share a scale; or channel, or tensor.")] = "128",
+    asym: Annotated[bool, typer.Option("--asym/--sym", help="With a zero point, or without.")] = False,
+    format: Annotated[str | None, typer.Option(help="A format by name instead, such as int4:g128:asym.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="JSON rules instead: what gets which format.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")] = None,
+    quality: Annotated[
+        str, typer.Option(help="balanced: searches with calibration; fast: reads weights only.")
+    ] = "balanced",
+    clip: Annotated[str, typer.Option(help="Range rule: search, minmax, percentile, mse or kl.")] = "search",
+    calibration: Annotated[
+        str, typer.Option(help="self (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id.")
+    ] = "self",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
+    batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type to calibrate in: float32, bfloat16, float16 [its own].")] = None,
+    text: Annotated[str | None, typer.Option("--eval", help="Measure perplexity and KL on this text at the end.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Quantize MODEL into a folder that AutoModelForCausalLM.from_pretrained loads after `import llmquant`.
+
+    A run that was cut is taken up again by the same command.
+    """
+    import torch
+
+    from llmquant import pipeline
+    from llmquant.recipe import QUALITIES, Recipe
+
+    if quality not in QUALITIES:
+        raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
+    granularity = f"g{group}" if group.isdecimal() else group
+    spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
+    rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip)
+    shown = pipeline.Calibration(calibration, samples, length, batch) if QUALITIES[quality] else None
+    folder = output or Path(f"{Path(model).name}-{recipe.stem if recipe else spec.replace(':', '-')}")
+    job = pipeline.Job(
+        model, rules, shown, seed, device or _default_device(), _dtype(dtype), trust_remote_code=trust_remote_code
+    )
+    torch.manual_seed(seed)
+    prepared = pipeline.prepare(job, folder, overwrite=overwrite)
+    if dry_run:
+        _print_plan(prepared.plan, as_json)
+        return
+    start = time.monotonic()
+    try:
+        with _progress_bar(as_json) as progress:
+            manifest = pipeline.quantize(prepared, folder, overwrite=overwrite, progress=progress)
+    except KeyboardInterrupt:
+        notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
+        raise
+    summary = _summary(manifest, folder, time.monotonic() - start)
+    if text is not None:
+        summary["evaluation"] = _divergence(str(folder), model, text, None, None, None, "float32", trust_remote_code)
+    _print_summary(summary, manifest, as_json)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None:
+        return None
+    if name not in known:
+        raise PlanError(f"dtype {name!r} is unknown: choose one of {', '.join(known)}")
+    return known[name]
+
+
+def _print_plan(plan: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan.to_json()))
+        return
+    table = Table("tensor", "shape", "format", "bits/weight", "kernel", box=None)
+    for row in plan.rows:
+        shape = row.target.shape
+        bits = row.format.bits_per_weight(shape)
+        table.add_row(row.target.name, f"{shape[0]}x{shape[1]}", row.format.spec, f"{bits:.3f}", row.kernel)
+    out.print(table)
+    for kept in plan.kept:
+        out.print(f"kept dense: {kept.name}: {kept.reason}", highlight=False, markup=False)
+    out.print(
+        f"\nsize {_size(plan.bytes_before)} -> {_size(plan.bytes_after)} "
+        f"({plan.bytes_before / plan.bytes_after:.2f}x), {plan.bits_per_weight:.3f} bits per quantized weight\n"
+        f"peak memory about {_size(plan.peak_memory)}, disk {_size(plan.bytes_after)}, "
+        f"time about {_duration(plan.seconds)}",
+        highlight=False,
+    )
+
+
+def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
+    facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
+    return {"output": str(folder), "seconds": round(seconds, 2), **facts}
+
+
+def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: bool) -> None:
+    measure = "output_error" if any("output_error" in tensor for tensor in manifest["tensors"]) else "error"
+    worst = sorted(manifest["tensors"], key=lambda tensor: -tensor.get(measure, 0.0))[:5]
+    if as_json:
+        print(json.dumps({**summary, "worst": [{"name": t["name"], measure: t.get(measure)} for t in worst]}))
+        return
+    table = Table("worst tensors", "format", f"relative {measure.replace('_', ' ')}", box=None)
+    for tensor in worst:
+        table.add_row(tensor["name"], tensor["format"], f"{tensor.get(measure, 0.0):.4f}")
+    out.print(table)
+    for kept in manifest["kept_dense"]:
+        out.print(f"kept dense: {kept['name']}: {kept['reason']}", highlight=False, markup=False)
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    out.print(
+        f"\n{summary['output']}: {_size(before)} -> {_size(after)} ({before / after:.2f}x), "
+        f"{summary['bits_per_weight']:.3f} bits per quantized weight, {_duration(summary['seconds'])}",
+        highlight=False,
+    )
+    if "evaluation" in summary:
+        _print_divergence(summary["evaluation"])
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# ---- eval
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    text: TextOption,
+    reference: Annotated[str | None, typer.Option(help="The unquantized model: adds KL divergence.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="documents: a BOS before each; gptq: joined by blank lines. [documents]")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a window [2048, or the model's limit].")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Measure on the first windows only.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "float32",
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Perplexity of MODEL on a text and, with --reference, how far its predictions moved (KL divergence, in nats)."""
+    found = _divergence(model, reference, text, protocol, window, max_windows, dtype, trust_remote_code)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print_divergence(found)
+
+
+def _divergence(
+    model: str,
+    reference: str | None,
+    source: str,
+    protocol: str | None,
+    window: int | None,
+    max_windows: int | None,
+    dtype: str,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    from llmquant import metrics, text
+    from llmquant.checkpoint import locate
+
+    folder = locate(model)
+    tokenizer = text.load_tokenizer(folder, trust_remote_code)
+    stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol or "documents")
+    loaded = _load(folder, dtype, trust_remote_code)
+    windows = text.windows(stream, window or text.longest_window(loaded.config))[:max_windows]
+    with _progress_bar(False) as progress:
+        if reference is None:
+            return metrics.perplexity(loaded, windows, progress=progress).to_dict()
+        original = _load(locate(reference), dtype, trust_remote_code)
+        return metrics.divergence(original, loaded, windows, progress=progress).to_dict()
+
+
+def _load(folder: Path, dtype: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    import llmquant.hf  # noqa: F401  (registers the loader)
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=_dtype(dtype), trust_remote_code=trust_remote_code
+    )
+    return model.to(_default_device()).eval()
+
+
+def _print_divergence(found: dict[str, Any]) -> None:
+    table = Table("measure", "value", box=None, show_header=False)
+    for key, value in found.items():
+        if isinstance(value, int | float):
+            table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.5g}")
+    out.print(table)
+
+
+# ---- inspect, formats
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that quantize wrote.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and decode every tensor.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a quantized folder holds; --verify checks that it is still what was written."""
+    from llmquant import inspection
+
+    facts = inspection.manifest(folder)
+    if verify:
+        with _progress_bar(as_json) as progress:
+            problems = inspection.verify(folder, progress)
+        if problems:
+            more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+            raise VerificationError(f"{folder}: {problems[0]}{more}: copy or quantize it again")
+    if as_json:
+        print(json.dumps({**facts, **({"verified": True} if verify else {})}))
+        return
+    table = Table("tensor", "shape", "format", "bits/weight", "error", "output error", box=None)
+    for tensor in facts["tensors"]:
+        table.add_row(
+            tensor["name"],
+            "x".join(map(str, tensor["shape"])),
+            tensor["format"],
+            f"{tensor['bits_per_weight']:.3f}",
+            f"{tensor['error']:.4f}",
+            f"{tensor['output_error']:.4f}" if "output_error" in tensor else "-",
+        )
+    out.print(table)
+    before, after = facts["bytes_before"], facts["bytes_after"]
+    out.print(
+        f"\n{facts['model']}: {_size(before)} -> {_size(after)}, {facts['bits_per_weight']:.3f} bits per quantized weight"
+        + (f"; {len(facts['files'])} files and {len(facts['tensors'])} tensors verified" if verify else ""),
+        highlight=False,
+    )
+
+
+@app.command()
+def formats(as_json: JsonOption = False) -> None:
+    """List the formats: bits per weight and signal-to-noise ratio, measured on seeded random weights."""
+    from llmquant import format_table
+
+    rows = format_table.measure()
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("format", "bits/weight", "SQNR normal, dB", "SQNR Student-t5, dB", "CPU kernel (bfloat16)", box=None)
+    for row in rows:
+        table.add_row(
+            row["format"], f"{row['bits_per_weight']:.3f}", f"{row['normal']:.1f}", f"{row['student_t5']:.1f}", row["kernel"]
+        )
+    out.print(table)
+    out.print("\nNames: int<2-8> : g<columns> | channel | tensor : sym_full | sym | sym_gptq | asym | asym_float : fp16 |")
+    out.print("bf16 | fp32 (type of the scale), as in int3:g64:asym. What is left out is g128, sym_full, the model's type.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""The story of a run: for each block, calibrate, solve, save, verify, advance."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmquant import checkpoint as disk
+from llmquant import text
+from llmquant.blocks import StreamedModel, Target
+from llmquant.calibration import Streams, WeightSwap, stages
+from llmquant.checkpoint import Checkpoint, OutputFolder
+from llmquant.errors import DataError, LlmquantError, NonFiniteInput, VerificationError
+from llmquant.plan import Plan, Row, make_plan
+from llmquant.recipe import Recipe
+from llmquant.solvers import SOLVERS, Solution
+from llmquant.stats import Stats
+from llmquant.version import __version__
+
+# progress(what is being done, units done, units in all)
+Progress = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of a run that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is shown to the model: `samples` windows of `length` tokens.
+
+    source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id.
+    length None: 512, or the model's limit where that is lower.
+    """
+
+    source: str = "self"
+    samples: int = 128
+    length: int | None = None
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the bytes of a result."""
+
+    model: str
+    recipe: Recipe
+    calibration: Calibration | None = Calibration()
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    trust_remote_code: bool = False
+
+    def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {
+            "llmquant": __version__,
+            "recipe": self.recipe.to_json(),
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": str(self.dtype),
+            "source": checkpoint.fingerprint(),
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose plan has been made: everything checked, nothing yet done."""
+
+    job: Job
+    checkpoint: Checkpoint
+    model: StreamedModel
+    plan: Plan
+    length: int
+
+
+def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
+    """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong."""
+    disk.check_usable(output, overwrite=overwrite)
+    checkpoint = Checkpoint(disk.locate(job.model))
+    model = StreamedModel(checkpoint, device=job.device, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    calibration = job.calibration
+    length = 0
+    if calibration is not None:
+        length = calibration.length or min(512, text.longest_window(model.config))
+    tokens = 0 if calibration is None else calibration.samples * length
+    return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
+
+
+@torch.no_grad()
+def quantize(prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+    """Carry out the plan, or what is left of it from a run that was cut. Returns the manifest.
+
+    A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
+    """
+    job, model, plan = prepared.job, prepared.model, prepared.plan
+    blocks = len(model.block_names)
+    shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
+    with OutputFolder(output, job.settings(prepared.checkpoint), overwrite=overwrite) as folder:
+        streams = _start_streams(prepared, folder, progress)
+        for block in range(blocks):
+            done = sum(row.weights for row in plan.rows if row.block < block)
+            step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
+            if block in folder.records and streams is None:
+                continue
+            module = model.load_block(block)
+            swap = WeightSwap()
+            if block in folder.records:
+                _restore(prepared, folder, block, module, swap)
+            else:
+                results = _solve_block(prepared, block, module, streams, swap, step)
+                _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results)
+            if streams is not None and block + 1 < blocks:
+                streams.advance(block, swap, lambda done, total: None)
+            model.unload_block(block)
+        if blocks not in folder.records:
+            outside = prepared.checkpoint.tensors(model.outside_keys())
+            folder.write_shard(blocks, shard(blocks + 1, blocks + 1), outside, _check_dense)
+        progress("finish", plan.weights, plan.weights)
+        manifest = _manifest(prepared, folder)
+        folder.finish(_config(prepared), prepared.checkpoint.companions(), manifest)
+    return manifest
+
+
+def _progress_within(progress: Progress, what: str, before: int, total: int, done: int) -> None:
+    progress(what, before + done, total)
+
+
+# ---- calibration
+
+
+def _start_streams(prepared: Prepared, folder: OutputFolder, progress: Progress) -> Streams | None:
+    calibration = prepared.job.calibration
+    if calibration is None:
+        return None
+    kept = folder.partial / disk.CALIBRATION
+    if kept.is_file():
+        windows = load_file(kept)["tokens"]
+    else:
+        windows = _windows(prepared, calibration, progress)
+        temporary = kept.with_suffix(".tmp")
+        save_file({"tokens": windows}, temporary)
+        temporary.rename(kept)
+    return Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
+
+
+def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
+    """Calibration tokens (samples, length) int64."""
+    job, folder = prepared.job, prepared.checkpoint.folder
+    if calibration.source != "self":
+        tokenizer = text.load_tokenizer(folder, job.trust_remote_code)
+        return text.calibration_windows(
+            calibration.source, tokenizer, count=calibration.samples, length=prepared.length, seed=job.seed
+        )
+    _check_room(prepared)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
+    )
+    windows = text.sample_windows(
+        model.to(job.device).eval(),
+        bos_token_id=prepared.model.config.get_text_config().bos_token_id,
+        count=calibration.samples,
+        length=prepared.length,
+        seed=job.seed,
+        progress=partial(progress, "sample"),
+    )
+    return windows.cpu()
+
+
+def _check_room(prepared: Prepared) -> None:
+    """The model's own samples need all of it in memory at once, which nothing else here does."""
+    need = sum(prepared.checkpoint.nbytes(name) for name in prepared.checkpoint.names())
+    device = torch.device(prepared.job.device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if need > 0.9 * free:
+        raise DataError(
+            f"the model's own samples need all of it in memory: {need:,} bytes, {free:,} are free: give text with "
+            "--calibration FILE, or use --quality fast, which needs none"
+        )
+
+
+# ---- one block
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one matrix: what is written, and what it is checked against."""
+
+    row: Row
+    solution: Solution
+    weight: Tensor  # (out, in), the original in the model's type
+    stats: Stats | None
+
+
+def _solve_block(
+    prepared: Prepared,
+    block: int,
+    module: nn.Module,
+    streams: Streams | None,
+    swap: WeightSwap,
+    step: Callable[[int], None],
+) -> list[Result]:
+    """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
+    rows = {row.target.name: row for row in prepared.plan.of_block(block)}
+    order = [] if streams is None else stages(prepared.model, block, module, streams)
+    reached = {target.name for stage in order for target in stage}
+    order += [[row.target] for name, row in rows.items() if name not in reached]
+    results: list[Result] = []
+    for stage in order:
+        wanted = [rows[target.name] for target in stage if target.name in rows]
+        if not wanted:
+            continue
+        stats = None
+        if streams is not None and stage[0].name in reached:
+            stats = streams.collect(block, module, stage, swap)
+        for row in wanted:
+            result = _solve(row, row.target.matrix(_submodule(prepared, block, module, row.target)).detach(), stats)
+            results.append(result)
+            if streams is not None:
+                _put(prepared, block, module, swap, result.row, result.solution)
+            step(sum(result.row.weights for result in results))
+    return sorted(results, key=lambda result: list(rows).index(result.row.target.name))
+
+
+def _submodule(prepared: Prepared, block: int, module: nn.Module, target: Target) -> nn.Module:
+    return module.get_submodule(target.name.removeprefix(prepared.model.block_names[block] + "."))
+
+
+def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
+    try:
+        solution = SOLVERS[row.rule.solver](weight.float(), stats, row.format, **row.rule.options)
+    except LlmquantError as error:
+        raise type(error)(f"{row.key}: {error}") from None
+    return Result(row, solution, weight, stats)
+
+
+def _put(prepared: Prepared, block: int, module: nn.Module, swap: WeightSwap, row: Row, solution: Solution) -> None:
+    decoded = row.format.decode(solution.codes, solution.grid).to(prepared.model.dtype)
+    parameter = _submodule(prepared, block, module, row.target).weight
+    assert isinstance(parameter, nn.Parameter)
+    swap.replace(row.target.name, parameter, decoded.T.contiguous() if row.target.transposed else decoded)
+
+
+def _save_block(prepared: Prepared, folder: OutputFolder, block: int, shard: str, results: list[Result]) -> None:
+    quantized = {result.row.key for result in results}
+    dense = [name for name in prepared.model.block_keys(block) if name not in quantized]
+    tensors = prepared.checkpoint.tensors(dense)
+    for result in results:
+        for suffix, tensor in result.row.format.pack(result.solution.codes, result.solution.grid).items():
+            tensors[_stored_name(result.row, suffix)] = tensor.cpu()
+
+    def check(read: dict[str, Tensor]) -> dict[str, Any]:
+        _check_dense({name: read[name] for name in dense})
+        return {"report": [_check_result(result, read) for result in results]}
+
+    folder.write_shard(block, shard, tensors, check)
+
+
+def _stored_name(row: Row, suffix: str) -> str:
+    return row.key.removesuffix("weight") + suffix
+
+
+def _stored(row: Row, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {suffix: tensors[_stored_name(row, suffix)] for suffix in row.format.layout(row.target.shape)}
+
+
+def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:
+    for name, tensor in read.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():
+            raise NonFiniteInput(f"{name}: holds NaN or Inf: the checkpoint is damaged")
+    return {}
+
+
+def _check_result(result: Result, read: dict[str, Tensor]) -> dict[str, Any]:
+    """Decode what was read back; it must be what the solver meant. The errors reported are those of the bytes on disk."""
+    row, solution = result.row, result.solution
+    codes, grid = row.format.unpack(_stored(row, read), row.target.shape)
+    if not torch.equal(codes, solution.codes.cpu()) or not torch.equal(grid.scale, solution.grid.scale.cpu()):
+        raise VerificationError(f"{row.key}: what was read back does not decode to what was solved: please report this")
+    w = result.weight.cpu().float()
+    error = row.format.decode(codes, grid).sub_(w)
+    report = {
+        "name": row.target.name,
+        "key": row.key,
+        "format": row.format.spec,
+        "shape": list(row.target.shape),
+        "bits_per_weight": row.format.bits_per_weight(row.target.shape),
+        "error": _ratio(error.square().sum(dtype=torch.float64).item(), w.square().sum(dtype=torch.float64).item()),
+        "loss": solution.loss,
+    }
+    if result.stats is not None:
+        stats = result.stats
+        report["tokens"], report["dropped"] = stats.tokens, stats.dropped
+        device = stats.hessian.device
+        report["output_error"] = _ratio(stats.output_energy(error.to(device)), stats.output_energy(w.to(device)))
+    return report
+
+
+def _ratio(error: float, signal: float) -> float:
+    """Root of error energy over signal energy; 0 for nothing lost of nothing."""
+    return 0.0 if error == 0 else math.sqrt(error / signal) if signal else math.inf
+
+
+def _restore(prepared: Prepared, folder: OutputFolder, block: int, module: nn.Module, swap: WeightSwap) -> None:
+    """Put the block's quantized weights in place from the shard that an earlier run left."""
+    tensors = load_file(folder.partial / folder.records[block]["shard"])
+    for row in prepared.plan.of_block(block):
+        codes, grid = row.format.unpack(_stored(row, tensors), row.target.shape)
+        device = prepared.model.device
+        grid = type(grid)(grid.scale.to(device), None if grid.zero is None else grid.zero.to(device), grid.group)
+        _put(prepared, block, module, swap, row, Solution(codes.to(device), grid, 0.0))
+
+
+# ---- the end
+
+
+def _config(prepared: Prepared) -> dict[str, Any]:
+    quantization = {"quant_method": "llmquant", "version": __version__, "formats": prepared.plan.modules()}
+    return {**prepared.checkpoint.config(), "quantization_config": quantization}
+
+
+def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
+    """All about the run that does not depend on when and where it ran."""
+    plan, job = prepared.plan, prepared.job
+    reports = [report for part in sorted(folder.records) for report in folder.records[part].get("report", [])]
+    versions = {
+        "llmquant": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+    return {
+        "versions": versions,
+        "model": Path(job.model).name if Path(job.model).is_dir() else job.model,
+        "settings": {key: value for key, value in folder.settings.items() if key != "source"},
+        "threads": torch.get_num_threads(),
+        "bits_per_weight": plan.bits_per_weight,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "kept_dense": [asdict(kept) for kept in plan.kept],
+        "tensors": reports,
+    }

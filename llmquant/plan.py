@@ -1,0 +1,207 @@
+"""The whole run on paper before any of it is done: every shape, format and kernel, size, memory, disk and time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmquant_kernels
+from llmquant import formats
+from llmquant.blocks import StreamedModel, Target
+from llmquant.checkpoint import Checkpoint, free_bytes
+from llmquant.errors import OutputError, PlanError
+from llmquant.formats import Format
+from llmquant.recipe import Recipe, Rule
+from llmquant.solvers import SOLVERS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matrix that will be quantized."""
+
+    block: int
+    target: Target
+    key: str  # the checkpoint's own name of its weight
+    format: Format
+    rule: Rule
+    kernel: str
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.target.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.format.layout(self.target.shape).values())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A matrix that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    rows: tuple[Row, ...]
+    kept: tuple[Kept, ...]
+    bytes_before: int
+    bytes_after: int
+    peak_memory: int  # bytes of anonymous memory, estimated
+    seconds: float  # estimated from a short measurement on this machine
+
+    @property
+    def weights(self) -> int:
+        return sum(row.weights for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized matrices, all metadata counted."""
+        return 8 * sum(row.nbytes for row in self.rows) / self.weights
+
+    def of_block(self, block: int) -> list[Row]:
+        return [row for row in self.rows if row.block == block]
+
+    def modules(self) -> dict[str, list[str]]:
+        """Format spec -> names of the modules that have it: what the folder's config tells the loader."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            found.setdefault(row.format.spec, []).append(row.target.name)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [
+            {
+                "name": row.target.name,
+                "shape": list(row.target.shape),
+                "format": row.format.spec,
+                "bits_per_weight": row.format.bits_per_weight(row.target.shape),
+                "solver": row.rule.solver,
+                "kernel": row.kernel,
+            }
+            for row in self.rows
+        ]
+        totals = {
+            "bits_per_weight": self.bits_per_weight,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "peak_memory_bytes": self.peak_memory,
+            "seconds": self.seconds,
+        }
+        return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], **totals}
+
+
+def make_plan(
+    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, output: Path, calibration_tokens: int
+) -> Plan:
+    """Check everything that can be checked without reading a weight. calibration_tokens 0: no calibration.
+
+    Raises PlanError (names the tensor) or OutputError (not enough disk).
+    """
+    method = (checkpoint.config().get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise PlanError(f"{checkpoint.folder}: is quantized already ({method}): give the original checkpoint")
+    blocks = range(len(model.block_names))
+    recipe.check([name for block in blocks for name in model.targets(block)])
+    kernels: dict[Any, str] = {}
+    decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
+    rows = tuple(decision for decision in decided if isinstance(decision, Row))
+    if not rows:
+        raise PlanError("nothing is left to quantize: every module is kept dense by the recipe")
+    kept = tuple(decision for decision in decided if isinstance(decision, Kept))
+    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+    after = before + sum(row.nbytes - checkpoint.nbytes(row.key) for row in rows)
+    free = free_bytes(output)
+    if free < 1.01 * after:
+        raise OutputError(f"{output}: the result needs {after:,} bytes, the disk has {free:,} free: free some space")
+    memory = _peak_memory(checkpoint, model, rows, calibration_tokens)
+    return Plan(rows, kept, before, after, memory, _seconds(rows, calibration_tokens))
+
+
+def _decide(
+    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, block: int, kernels: dict[Any, str]
+) -> Iterator[Row | Kept]:
+    for target in model.targets(block).values():
+        rule = recipe.rule_for(target.name)
+        key = model.source_key(target.name + ".weight")
+        if rule is None or rule.format is None:
+            yield Kept(target.name, "no rule matches it" if rule is None else f"rule {rule.pattern!r} keeps it dense")
+        elif key is None:
+            yield Kept(target.name, "the checkpoint stores it in pieces or merged with others")
+        else:
+            yield _row(checkpoint, model, target, block, key, rule, kernels)
+    for name in model.unsupported(block):
+        yield Kept(name, "expert matrices in one three-dimensional tensor are not supported yet")
+
+
+def _row(
+    checkpoint: Checkpoint,
+    model: StreamedModel,
+    target: Target,
+    block: int,
+    key: str,
+    rule: Rule,
+    kernels: dict[Any, str],
+) -> Row:
+    assert rule.format is not None
+    dtype = checkpoint.dtype(key)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise PlanError(f"{key}: holds {dtype}, not float16, bfloat16 or float32: give the unquantized checkpoint")
+    fmt = formats.get(rule.format).stored_for(dtype)
+    try:
+        layout = fmt.layout(target.shape)
+    except PlanError as error:
+        raise PlanError(f"{target.name} {target.shape}: {error}, or keep it dense with --skip") from None
+    known = (fmt, target.shape)
+    if known not in kernels:
+        named = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in layout.items()}
+        kernels[known] = llmquant_kernels.choose(fmt.packed_weight(named, target.shape), model.dtype)[0]
+    return Row(block, target, key, fmt, rule, kernels[known])
+
+
+def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, ...], tokens: int) -> int:
+    """Of the parts that are not pages of files: float32 copies of the largest matrix, one block's result, statistics."""
+    largest = max(row.weights for row in rows)
+    of_blocks = [[row for row in rows if row.block == block] for block in range(len(model.block_names))]
+    packed = max(sum(row.nbytes for row in block) for block in of_blocks)
+    outside = sum(checkpoint.nbytes(name) for name in model.outside_keys())
+    base = 350 * 2**20  # Python, torch, transformers
+    if not tokens:
+        return base + 12 * largest + packed
+    width = max(row.target.shape[1] for row in rows)
+    decoded = max(sum(row.weights for row in block) for block in of_blocks) * model.dtype.itemsize
+    streams = 3 * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    return base + max(outside, 12 * largest + packed + decoded + 3 * 4 * width**2) + streams
+
+
+def _seconds(rows: tuple[Row, ...], tokens: int) -> float:
+    """Scaled up from quantizing a small random matrix and, with calibration, from one matrix product."""
+    total = 0.0
+    measured: dict[tuple[Format, Rule], float] = {}
+    for row in rows:
+        known = (row.format, Rule("", None, row.rule.solver))
+        if known not in measured:
+            columns = row.target.shape[1]
+            w = torch.randn(max(1, 2**19 // columns), columns)
+            start = time.perf_counter()
+            SOLVERS[row.rule.solver](w, None, row.format, **row.rule.options)
+            measured[known] = (time.perf_counter() - start) / w.numel()
+        total += measured[known] * row.weights
+    if tokens:
+        a = torch.randn(512, 512)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        flop = (time.perf_counter() - start) / (2 * 512**3)
+        # Two streams through the block about three times (stages, then advance), and two outer products of every input.
+        forward = 3 * 2 * 2 * tokens * sum(row.weights for row in rows)
+        statistics = 2 * 2 * tokens * sum(row.target.shape[1] ** 2 for row in rows)
+        total += flop * (forward + statistics)
+    return total

@@ -1,0 +1,74 @@
+"""A recipe says which matrix gets what: ordered rules over module names, the first match wins. JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from llmquant import formats
+from llmquant.errors import PlanError
+
+# quality -> whether calibration runs first. `fast` reads weights only.
+QUALITIES = {"fast": False, "balanced": True}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose name matches `pattern` (shell wildcards, as in "*.mlp.*") get `format`; None keeps them dense."""
+
+    pattern: str
+    format: str | None
+    solver: str = "rtn"
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def uniform(cls, spec: str, *, skip: tuple[str, ...] = (), clip: str = "search") -> Recipe:
+        """One format for everything but the modules that match `skip`."""
+        kept = tuple(Rule(pattern, None) for pattern in skip)
+        return cls((*kept, Rule("*", spec, options={} if clip == "search" else {"clip": clip})))
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """A JSON list of rules: [{"pattern": ..., "format": ..., "solver": ..., "options": {...}}, ...]."""
+        try:
+            return cls.from_json(json.loads(path.read_text()))
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{path}: not JSON: {error}") from None
+
+    @classmethod
+    def from_json(cls, rules: Any) -> Recipe:
+        try:
+            return cls(tuple(Rule(**rule) for rule in rules))
+        except TypeError as error:
+            raise PlanError(
+                f"not a recipe ({error}): it is a list of rules with pattern, format and, optionally, solver and options"
+            ) from None
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(rule) for rule in self.rules]
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule that matches the module, or None: it stays dense."""
+        return next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
+
+    def check(self, names: list[str]) -> None:
+        """Raises PlanError for unknown formats and solvers, and for rules that match none of the modules."""
+        from llmquant.solvers import SOLVERS
+
+        for rule in self.rules:
+            if rule.format is not None:
+                formats.get(rule.format)
+            if rule.solver not in SOLVERS:
+                raise PlanError(f"solver {rule.solver!r} is unknown: known are {', '.join(SOLVERS)}")
+            if not any(fnmatchcase(name, rule.pattern) for name in names):
+                raise PlanError(f"pattern {rule.pattern!r} matches no module that can be quantized, such as {names[0]}")

@@ -1,0 +1,23 @@
+"""The contract of a solver: solve(w, stats, fmt, **options) -> Solution. Options are keyword-only and documented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmquant.formats import Format, Grid
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found for one weight."""
+
+    codes: Tensor  # (out, in)
+    grid: Grid
+    loss: float  # tr((W - Q) H (W - Q)^T) / tokens where calibrated, else |W - Q|^2
+
+
+# solve(w, stats, fmt, **options): w (out, in) float32; stats of the inputs it saw, or None without calibration.
+Solver = Callable[..., Solution]

@@ -1,0 +1,364 @@
+"""Text and tokens, for calibration and evaluation alike: documents in, windows of token ids out.
+
+A source is a file (.txt, .md, .py or other text; .json, .jsonl, .parquet) or a hub dataset, `name[:config][:split]`.
+Two protocols make one stream of tokens of it:
+
+    documents   each document after a BOS; without one in the vocabulary, an EOS between documents
+    gptq        documents joined by blank lines and tokenised once, with the special tokens the tokenizer adds by
+                itself: how wikitext2 perplexity is measured since GPTQ (arXiv 2210.17323, IST-DASLab/gptq)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmquant.errors import CheckpointError, DataError, PlanError
+
+Progress = Callable[[int, int], None]
+"""Told (done, total) now and then; what is counted, the function that takes it says."""
+
+PROTOCOLS = ("documents", "gptq")
+SPLITS = ("train", "validation", "test", "dev")
+FILE_TYPES = (".txt", ".md", ".py", ".json", ".jsonl", ".parquet")
+LONGEST_WINDOW = 2048  # by default: longer costs more, and published figures are of this length
+DOCUMENTS_AT_A_TIME = 256
+
+
+# ---- documents
+
+
+def read_documents(source: str) -> list[str]:
+    """The texts of a source, in its order. Blank ones are kept: the gptq protocol counts their line breaks.
+
+    Raises DataError: no such file or dataset, not text, no text column, nothing but blanks, chats.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        documents = _read_file(path)
+    elif path.is_dir():
+        raise DataError(f"{source}: a folder; give one file, or the name of a dataset")
+    elif path.suffix in FILE_TYPES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise DataError(f"{source}: no such file")
+    else:
+        documents = _read_dataset(source)
+    if not any(text.strip() for text in documents):
+        raise DataError(f"{source}: holds no text")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}): convert it, or give another file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if path.suffix == ".json":
+        rows = _parse_json(text, str(path))
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: holds {_kind(rows)}; expected a list of strings or of objects with a 'text'")
+        return [_text_of(row, f"{path}: item {index}") for index, row in enumerate(rows)]
+    if path.suffix == ".jsonl":  # split at line feeds alone: a JSON string may hold other line separators
+        lines = [(f"{path}: line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_text_of(_parse_json(line, where), where) for where, line in lines]
+    return [text]
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error}") from None
+
+
+def _text_of(row: Any, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        _refuse_chat(row, where)
+        raise DataError(f"{where}: no string named 'text', but {_listed(row)}")
+    raise DataError(f"{where}: holds {_kind(row)}; expected a string or an object with a 'text'")
+
+
+def _read_parquet(path: Path) -> list[str]:
+    try:
+        from pyarrow import lib, parquet  # type: ignore[import-untyped]
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install datasets") from None
+    try:
+        file = parquet.ParquetFile(path)
+        _check_columns(file.schema_arrow.names, str(path))
+        column = file.read(columns=["text"])["text"].to_pylist()
+    except (lib.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
+    return _strings(column, str(path))
+
+
+def _read_dataset(source: str) -> list[str]:
+    name, config, split = _dataset_parts(source)
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{source}: no such file; to read it as a hub dataset: pip install datasets") from None
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    # What can fail is the network, the hub, and whatever code reads the dataset's own files.
+    except Exception as error:
+        raise DataError(
+            f"{source}: neither a file here nor a dataset (config {config or 'default'}, split {split}) that the hub "
+            f"gives: {_first_line(error)}. Check name and network, or give a text file"
+        ) from error
+    _check_columns(dataset.column_names, source)
+    return _strings(list(dataset["text"]), source)
+
+
+def _dataset_parts(source: str) -> tuple[str, str | None, str]:
+    """`name[:config][:split]`; of two parts the second is a split where it is named like one. The default is train.
+
+    >>> _dataset_parts("Salesforce/wikitext:wikitext-2-raw-v1:test")
+    ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'test')
+    """
+    name, *rest = source.split(":", 2)
+    if len(rest) == 1 and rest[0] in SPLITS:
+        rest = ["", rest[0]]
+    config, split, *_ = [*rest, "", ""]
+    return name, config or None, split or "train"
+
+
+def _check_columns(names: Iterable[str], source: str) -> None:
+    names = list(names)
+    if "text" not in names:
+        _refuse_chat(names, source)
+        raise DataError(f"{source}: no column 'text', but {_listed(names)}")
+
+
+def _refuse_chat(names: Iterable[str], where: str) -> None:
+    if "messages" in names:
+        raise DataError(
+            f"{where}: holds chats ('messages'), which cannot be read yet: apply the model's chat template "
+            "and give the result as 'text'"
+        )
+
+
+def _strings(column: list[Any], source: str) -> list[str]:
+    """The column without its nulls."""
+    texts = [text for text in column if text is not None]
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{source}: column 'text' holds {_kind(text)} (row {row}); expected strings")
+    return texts
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, list(names)[:8])) or "nothing"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# ---- tokens
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder. Raises CheckpointError if the folder has none that can be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: no tokenizer that can be loaded ({reason})") from error
+    # Without its files, some classes of transformers build an empty tokenizer instead of failing.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise CheckpointError(f"{folder}: has no tokenizer files: copy them from the original model")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id plus one: rows of the logits beyond it are padding that no text can produce."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def token_stream(tokenizer: PreTrainedTokenizerBase, documents: list[str], *, protocol: str) -> Tensor:
+    """All documents as one stream of token ids (n,) int64, by one of PROTOCOLS (see the module docstring).
+
+    Blank documents are left out of "documents". Raises PlanError for an unknown protocol.
+    """
+    if protocol == "gptq":
+        ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+    if protocol != "documents":
+        raise PlanError(f"unknown protocol {protocol!r}: there are {', '.join(PROTOCOLS)}")
+    kept = [text for text in documents if text.strip()]
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    between = [tokenizer.eos_token_id] if not before and tokenizer.eos_token_id is not None else []
+    stream: list[Tensor] = []
+    for start in range(0, len(kept), DOCUMENTS_AT_A_TIME):
+        # verbose=False: that a stream is longer than the model's context is no news here
+        texts = kept[start : start + DOCUMENTS_AT_A_TIME]
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream.append(torch.tensor([*(between if stream else before), *ids], dtype=torch.int64))
+    return torch.cat(stream) if stream else torch.empty(0, dtype=torch.int64)
+
+
+def window_length(config: PretrainedConfig) -> int:
+    """Tokens a window has where nobody says: the model's context, 2048 at most."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(LONGEST_WINDOW, context or LONGEST_WINDOW)
+
+
+def windows(stream: Tensor, length: int) -> Tensor:
+    """Cut a stream (tokens,) into windows (n, length), a view; the remainder is dropped.
+
+    Raises DataError if not one window fits.
+    """
+    count = len(stream) // length
+    if count == 0:
+        raise DataError(
+            f"the text has {len(stream)} tokens, one window needs {length}: give more text, or a shorter window"
+        )
+    return stream[: count * length].view(count, length)
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+) -> Tensor:
+    """`count` windows (count, length) int64 of a source, drawn without replacement; the same seed gives the same.
+
+    Documents are taken in random order, joined by the "documents" protocol, until there are tokens enough, and windows
+    are drawn from that stream: a large dataset is sampled without being tokenised whole. Raises DataError as
+    read_documents does, and if the source holds fewer windows.
+    """
+    documents = [text for text in read_documents(source) if text.strip()]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    taken: list[Tensor] = []
+    for start in range(0, len(order), DOCUMENTS_AT_A_TIME):
+        texts = [documents[index] for index in order[start : start + DOCUMENTS_AT_A_TIME]]
+        taken.append(token_stream(tokenizer, texts, protocol="documents"))
+        if sum(map(len, taken)) >= count * length:
+            break
+    stream = torch.cat(taken)
+    if len(stream) < count * length:
+        raise DataError(
+            f"{source}: has {len(stream)} tokens, {len(stream) // length} windows of {length}, where {count} are asked "
+            "for: give more text, or ask for fewer or shorter windows"
+        )
+    rows = windows(stream, length)
+    return rows[torch.randperm(len(rows), generator=generator)[:count]]
+
+
+# ---- the model's own text
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Without gradients and without dropout, the models' modes as before afterwards.
+
+    Not inference mode: what a module caches on its first call could then never take part in training.
+    """
+    training = [model for model in models if model.training]
+    for model in training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model in training:
+            model.train()
+
+
+def sample_windows(
+    model: PreTrainedModel,
+    *,
+    bos_token_id: int | None,
+    count: int,
+    length: int,
+    seed: int,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> Tensor:
+    """What the model writes by itself: windows (count, length) int64 on the CPU, for calibration without data.
+
+    Ancestral sampling at temperature 1 from BOS, or from a random token where the model has none (the idea of
+    data-free calibration is LLM-QAT's, arXiv 2305.17888). A stop token does not end a window: BOS follows, and a new document. The randomness is one
+    number a token, drawn before anything runs, so the windows do not depend on `batch` beyond rounding; the same seed
+    on the same machine gives the same windows. progress: tokens done, of count * length.
+
+    Raises DataError: the logits are not finite, or the model keeps no cache to sample with.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(count, length, generator=generator, dtype=torch.float64)
+    stops = _stop_tokens(model) - {bos_token_id}  # where one token is both, it already begins the next document
+    windows = torch.zeros(count, length, dtype=torch.int64)
+    with evaluating(model):
+        for start in range(0, count, batch):
+            rows = draws[start : start + batch].to(model.device)
+            tokens = torch.zeros_like(rows, dtype=torch.int64)
+            for columns in _fill(model, tokens, rows, bos_token_id, stops):
+                if progress is not None:
+                    progress(start * length + columns * len(rows), count * length)
+            windows[start : start + batch] = tokens.cpu()
+    return windows
+
+
+def _fill(model: PreTrainedModel, tokens: Tensor, draws: Tensor, bos: int | None, stops: set[int]) -> Iterator[int]:
+    """Sample tokens (rows, length) in place with the uniform numbers draws (rows, length); yields the columns filled."""
+    tokens[:, 0] = (draws[:, 0] * model.config.get_text_config().vocab_size).long() if bos is None else bos
+    yield 1
+    stop_tokens = torch.tensor(sorted(stops), dtype=torch.int64, device=tokens.device)
+    finite = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    cache = None
+    for column in range(1, tokens.shape[1]):
+        last = tokens[:, column - 1]
+        answer = model(input_ids=last[:, None], past_key_values=cache, use_cache=True)
+        cache = getattr(answer, "past_key_values", None)
+        if cache is None:
+            raise DataError(f"{type(model).__name__} keeps no key-value cache to sample with: calibrate on a text file")
+        chosen, sane = _draw(answer.logits[:, -1].to(tokens.device), draws[:, column])
+        tokens[:, column] = chosen if bos is None else torch.where(torch.isin(last, stop_tokens), bos, chosen)
+        finite &= sane
+        yield column + 1
+    if not finite.all():  # asked once, at the end: each look at the device costs a stop
+        raise DataError("the model's logits are not finite, so it cannot write calibration text: check its weights")
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (rows, vocabulary), uniform numbers (rows,) in [0, 1) -> tokens of the softmax, and which rows are finite.
+
+    The inverse of the cumulative distribution, in float64: a token of probability 0 is never drawn.
+    """
+    reached = logits.double().softmax(-1).cumsum(-1)
+    total = reached[:, -1:]
+    chosen = torch.searchsorted(reached, uniform[:, None] * total, right=True)[:, 0]
+    return chosen.clamp(max=logits.shape[-1] - 1), torch.isfinite(total[:, 0])
+
+
+def _stop_tokens(model: PreTrainedModel) -> set[int]:
+    """The tokens at which the model's generation ends."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        stops = getattr(config, "eos_token_id", None)
+        if stops is not None:
+            return set(stops) if isinstance(stops, list | tuple) else {stops}
+    return set()
