@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -32,12 +32,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import set_tqdm_hook
 
-from .errors import CheckpointError, PlanError
+from llmquant.errors import CheckpointError, PlanError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments with which a block is called, (args, kwargs), without the hidden states that come first."""
@@ -95,14 +94,14 @@ class Target:
 class StreamedModel:
     """A causal language model of which the parts outside the blocks and one block at a time are in memory.
 
-    checkpoint: where the tensors come from.
-    device, dtype: where loaded parts live and what their floating tensors are cast to; dtype None keeps the dtype that
+    device, dtype: where loaded parts live, and the floating dtype they are cast to; dtype None keeps the dtype that
         the config names, else that of the first floating tensor stored.
     trust_remote_code: run the model code that the folder carries.
 
-    Raises PlanError: the architecture is unknown, is not a causal language model, is quantized already, or has no
-        repeated blocks. Raises CheckpointError: there is no config.json, tensors that the model needs are missing, or
-        have other shapes. All of this is found before any weight is read.
+    Building one reads no weights and raises
+        PlanError: the architecture is unknown, is no causal language model or has no repeated blocks; or the checkpoint
+            is quantized already.
+        CheckpointError: there is no valid config.json; or tensors that the model needs are missing or misshapen.
     """
 
     def __init__(
@@ -184,11 +183,11 @@ class StreamedModel:
         """Load all that lies outside the blocks, and tie what the model ties."""
         info = self._load([key for key in self.outside_keys() if key in self._parameter_of])
         self.model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
-        self._finish("the part outside the blocks", self._outside_modules())
+        self._finish(None)
 
     def unload_outside(self) -> None:
         """Free all that lies outside the blocks."""
-        _send_to_meta(self._outside_modules())
+        self._send_to_meta(None)
 
     def load_block(self, block: int) -> nn.Module:
         """Load one block, on `device` and in `dtype`. Its parameters do not require gradients.
@@ -196,12 +195,12 @@ class StreamedModel:
         Raises CheckpointError where a tensor of the block could not be filled.
         """
         self._load(self._block_keys[block])
-        self._finish(self.block_names[block], self._blocks[block].modules())
+        self._finish(block)
         return self._blocks[block]
 
     def unload_block(self, block: int) -> None:
         """Free one block: its parameters go back to the meta device, so nothing written to them remains."""
-        _send_to_meta(self._blocks[block].modules())
+        self._send_to_meta(block)
 
     # ---------------------------------------------------------------------------------------- running
 
@@ -209,7 +208,7 @@ class StreamedModel:
         """The hidden states (batch, tokens, hidden) that enter block 0, and how each block is called.
 
         input_ids: (batch, tokens), integers. The part outside the blocks must be loaded.
-        Raises PlanError where the model does something between its blocks, which could not be streamed.
+        Raises PlanError where the model does something between its blocks, so that they cannot run one by one.
         """
         hidden: list[Tensor] = []
         calls: dict[int, Call] = {}
@@ -217,9 +216,8 @@ class StreamedModel:
         def record(block: int, states: Tensor, call: Call) -> Tensor:
             same = not hidden or states is hidden[0] or torch.equal(states, hidden[0])
             if block in calls or not same:
-                raise PlanError(
-                    f"{self.block_names[block]}: something happens between the blocks, or a block runs twice"
-                )
+                name = self.block_names[block]
+                raise PlanError(f"{name}: the model computes something between its blocks, or runs one twice")
             hidden[:] = hidden or [states]
             calls[block] = call
             return states
@@ -260,7 +258,7 @@ class StreamedModel:
 
         Some models take a tensor from their blocks, some the first of a tuple; the first run finds out which.
         """
-        if any(value.is_meta for module in self._outside_modules() for value in module.parameters(recurse=False)):
+        if any(value.is_meta for _, module in self._parts(None) for value in module.parameters(recurse=False)):
             raise RuntimeError("call load_outside() before running the model")
         forms = (False, True) if self._blocks_return_tuples is None else (self._blocks_return_tuples,)
         errors: list[Exception] = []
@@ -285,7 +283,10 @@ class StreamedModel:
         shapes = set()
 
         def forward(block: int, states: Tensor, call: Call) -> Any:
+            # "The first of the tuple" of a tensor is its first row: that is no error, but the batch dimension is gone.
             shapes.add(states.shape)
+            if len(shapes) > 1:
+                raise ValueError(f"the hidden states change their shape from block to block: {shapes}")
             states = answer(block, states, call)
             return (states, None) if as_tuple else states
 
@@ -297,9 +298,8 @@ class StreamedModel:
         finally:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
-        # "The first of the tuple" of a tensor is its first row: that is no error, but the batch dimension is gone.
-        if len(shapes) != 1 or result.shape[:-1] != input_ids.shape:
-            raise ValueError(f"the batch changes from block to block: {shapes} -> {tuple(result.shape)}")
+        if result.shape[:-1] != input_ids.shape:
+            raise ValueError(f"tokens {tuple(input_ids.shape)} become {tuple(result.shape)}")
         return result
 
     def _map_names(self) -> tuple[dict[str, str], set[str]]:
@@ -335,10 +335,12 @@ class StreamedModel:
         optional = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ["(?!)"]))
         state = self.model.state_dict()  # an optional buffer keeps the value it was built with
         missing = {name for name in missing if state[name].is_meta or not optional.search(name)}
-        wrong = {name: (tuple(has), tuple(needs)) for name, has, needs in info.mismatched_keys}
-        problems = [f"{name}: stored as {has}, the model needs {needs}" for name, (has, needs) in sorted(wrong.items())]
+        problems = [
+            f"{self.source_key(name) or name}: stored as {tuple(has)}, the model needs {tuple(needs)}"
+            for name, has, needs in sorted(info.mismatched_keys)
+        ]
         problems += [f"{name}: {reason}" for name, reason in sorted(info.conversion_errors.items())]
-        problems += [f"{name}: missing" for name in sorted(missing - wrong.keys())]
+        problems += [f"{name}: missing" for name in sorted(missing - info.conversion_errors.keys())]
         if problems:
             unknown = [key for key in self.checkpoint.names() if key not in self._parameter_of]
             raise CheckpointError(
@@ -363,19 +365,34 @@ class StreamedModel:
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load_config)
         return info
 
-    def _finish(self, what: str, modules: Iterable[nn.Module]) -> None:
+    def _parts(self, block: int | None) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of one block, by name in memory; for None, those outside the blocks."""
+        if block is not None:
+            yield from self._blocks[block].named_modules(prefix=self.block_names[block])
+        else:
+            inside = set(self._blocks.modules())
+            yield from ((name, module) for name, module in self.model.named_modules() if module not in inside)
+
+    def _finish(self, block: int | None) -> None:
+        """Freeze what was loaded, and see that nothing is left without data."""
         empty = []
-        for module in modules:
+        for name, module in self._parts(block):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            empty += [f"{type(module).__name__}.{name}" for name, value in tensors if value.is_meta]
+            tensors = [*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False)]
+            empty += [tensor_name for tensor_name, value in tensors if value.is_meta]
         if empty:
-            raise CheckpointError(f"{what}: the checkpoint filled no {', '.join(empty)}")
+            raise CheckpointError(f"{self.checkpoint.folder}: nothing was loaded for {', '.join(_shortened(empty))}")
 
-    def _outside_modules(self) -> Iterator[nn.Module]:
-        inside = set(self._blocks.modules())
-        return (module for module in self.model.modules() if module not in inside)
+    def _send_to_meta(self, block: int | None) -> None:
+        """Drop the data of all that the checkpoint stores; computed buffers stay."""
+        for _, module in self._parts(block):
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            for name, buffer in module.named_buffers(recurse=False):
+                if getattr(buffer, "_is_hf_initialized", False):  # the loading code marks what it fills
+                    module._buffers[name] = torch.empty_like(buffer, device="meta")
 
     def _router_parameters(self, block: int) -> set[str]:
         """The parameters of a block, named within it, with one row an expert, in a module that holds the experts."""
@@ -419,13 +436,12 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         name = stored.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: config.json cannot be read: {error}") from error
-    if name not in CONFIG_MAPPING_NAMES and not (trust_remote_code and "auto_map" in stored):
-        advice = (
-            "its own code is in the folder: allow remote code if you trust it" if "auto_map" in stored else "upgrade"
-        )
+    own_code = "auto_map" in stored
+    if name not in CONFIG_MAPPING and not (own_code and trust_remote_code):
+        advice = "it brings its own code: allow remote code if you trust it" if own_code else "upgrade transformers"
         raise PlanError(f"{folder}: transformers {transformers.__version__} does not know {name!r} models; {advice}")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the config class raises, the file is at fault
         raise CheckpointError(f"{folder}: config.json is no valid {name!r} config: {error}") from error
     if (quantization := stored.get("quantization_config")) is not None:
@@ -474,17 +490,6 @@ def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
     if isinstance(module, nn.ModuleList):
         return len(module) in counts
     return any(value.ndim == 3 and len(value) in counts for value in module.parameters(recurse=False))
-
-
-def _send_to_meta(modules: Iterable[nn.Module]) -> None:
-    """Drop the data of all that a checkpoint stores; computed buffers stay."""
-    for module in modules:
-        for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty_like(parameter, device="meta")
-            module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-        for name, buffer in module.named_buffers(recurse=False):
-            if getattr(buffer, "_is_hf_initialized", False):  # the loading code marks what it fills
-                module._buffers[name] = torch.empty_like(buffer, device="meta")
 
 
 @contextmanager

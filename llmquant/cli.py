@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -264,12 +265,12 @@ def _divergence(
     tokenizer = text.load_tokenizer(folder, trust_remote_code)
     stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol or "documents")
     loaded = _load(folder, dtype, trust_remote_code)
-    windows = text.windows(stream, window or text.longest_window(loaded.config))[:max_windows]
+    windows = text.windows(stream, window or text.window_length(loaded.config))[:max_windows]
     with _progress_bar(False) as progress:
         if reference is None:
-            return metrics.perplexity(loaded, windows, progress=progress).to_dict()
+            return metrics.perplexity(loaded, windows, progress=partial(progress, "evaluate")).to_dict()
         original = _load(locate(reference), dtype, trust_remote_code)
-        return metrics.divergence(original, loaded, windows, progress=progress).to_dict()
+        return metrics.divergence(original, loaded, windows, progress=partial(progress, "evaluate")).to_dict()
 
 
 def _load(folder: Path, dtype: str, trust_remote_code: bool) -> Any:

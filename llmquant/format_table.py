@@ -39,7 +39,7 @@ def _row(spec: str, normal: Tensor, student_t5: Tensor) -> dict[str, Any]:
         "bits_per_weight": fmt.bits_per_weight(SHAPE),
         "normal": _signal_to_noise(fmt, normal),
         "student_t5": _signal_to_noise(fmt, student_t5),
-        "kernel": llmquant_kernels.choose(fmt.packed_weight(named, SHAPE), torch.bfloat16)[0],
+        "kernel": llmquant_kernels.choose(fmt.packed_weight(named, SHAPE).facts(), torch.bfloat16)[0],
     }
 
 

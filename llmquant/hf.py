@@ -6,18 +6,15 @@
         "formats": {"int4:g128:bf16": ["model.layers.0.self_attn.q_proj", ...], "int8:channel:bf16": [...]}
     }
 
-`formats` says which modules are quantized and how, by their names in the model; every other module is dense. Loading
-trusts nothing: whatever is missing, misshapen or not finite raises and is named, where transformers would go on with
-random numbers.
+`formats` says which modules are quantized and how, by their names in the model; every other module is dense. Nothing
+of a folder is taken on trust: what is missing, misshapen or not finite raises and is named, where transformers alone
+would go on with random numbers.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,37 +25,39 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import llmquant
-from llmquant import formats
-from llmquant.errors import CheckpointError, LlmquantError, PlanError, VerificationError
+from llmquant import formats as registry
+from llmquant.errors import CheckpointError, PlanError, VerificationError
 from llmquant.formats import Format, TensorSpec
 from llmquant.linear import QuantLinear
+from llmquant.version import __version__
 
 METHOD = "llmquant"
 REMEDY = "the checkpoint is damaged or incomplete: copy it again, or quantize the model again"
+
+Specs = dict[str, TensorSpec]
 
 
 class LlmquantConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json. Keys that this version does not know are kept and saved again."""
 
-    def __init__(self, formats: dict[str, list[str]] | None = None, version: str = "", **unknown: Any) -> None:
+    def __init__(self, formats: dict[str, list[str]] | None = None, version: str = __version__, **unknown: Any) -> None:
         """formats: {spec: names of the modules stored so}; version: of the llmquant that wrote the folder.
 
         Raises CheckpointError where `formats` is malformed, PlanError for a format that this version does not know.
         """
         self.quant_method = METHOD
-        self.version = version or llmquant.__version__
-        self.formats = formats or {}
+        self.version = version
+        self.formats = formats
         self.unknown = {key: value for key, value in unknown.items() if key != "quant_method"}
         self.modules()
 
     def modules(self) -> dict[str, Format]:
         """{name of a module: its format}."""
-        found: dict[str, Format] = {}
         if not isinstance(self.formats, dict):
-            raise CheckpointError('config.json: "formats" must map each format to a list of modules')
+            raise CheckpointError('config.json: quantization_config has no "formats", which lists the modules of each')
+        found: dict[str, Format] = {}
         for spec, names in self.formats.items():
-            fmt = formats.get(spec)
+            fmt = registry.get(spec)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f'config.json: "formats" must give {spec} a list of module names')
             for name in names:
@@ -70,3 +69,235 @@ class LlmquantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         known = {"quant_method": self.quant_method, "version": self.version, "formats": self.formats}
         return copy.deepcopy({**self.unknown, **known})
+
+
+class LlmquantQuantizer(HfQuantizer):
+    """What transformers calls around loading. It overrides no more than this: the rest differs between versions."""
+
+    requires_calibration = True  # transformers then refuses to quantize a dense model through this class
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """On the empty skeleton: swap the listed modules, and compare what they expect with the files' headers."""
+        swap(model, self.quantization_config.modules())
+        for layer in quantized_layers(model).values():
+            layer.weight = _initialized()
+        self._stored = read_headers(checkpoint_files or [])
+        self._expected = {name: _spec(tensor) for name, tensor in model.state_dict().items()}
+        for name, layer in quantized_layers(model).items():
+            for suffix, _ in layer.named_buffers():
+                if (stored := _find(model, f"{name}.{suffix}", self._stored)) is not None:
+                    _check_spec(f"{name}.{suffix}", stored, self._expected[f"{name}.{suffix}"])
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Raises VerificationError unless all of the model came from the files, and is what belongs there."""
+        for layer in quantized_layers(model).values():
+            del layer.weight
+        settle_types(model, self._expected, self._stored)
+        verify(model, self._expected, self._stored)
+        del self._expected, self._stored
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers load what llmquant writes. It may be called more than once."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(LlmquantConfig)
+        register_quantizer(METHOD)(LlmquantQuantizer)
+
+
+def load(model: str | Any, **kwargs: Any) -> Any:
+    """The quantized model in a folder (or of a hub id), in eval mode.
+
+    kwargs: as AutoModelForCausalLM.from_pretrained takes them, such as device_map and dtype.
+    Raises CheckpointError where there is no llmquant model, VerificationError where the model is incomplete.
+    """
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
+    except OSError as error:
+        raise CheckpointError(f"{model}: no model here: {error}") from error
+    if not config:
+        raise CheckpointError(f"{model}: no model here: it has no config.json")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method != METHOD:
+        found = f"its quant_method is {method}" if method else "it is not quantized"
+        raise CheckpointError(f"{model}: {found}: load it with transformers, or quantize it with llmquant first")
+    # Without offload_buffers a layer mapped to the CPU or the disk would keep its quantized weight on the GPU.
+    kwargs = {"use_safetensors": True, "offload_buffers": True, **kwargs}
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+
+
+def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """{name of each quantized module: which kernel serves it and why}. dtype: of the inputs, by default the model's."""
+    dtype = dtype or getattr(model, "dtype", torch.float32)
+    return {name: layer.explain(dtype) for name, layer in quantized_layers(model).items()}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+# ---- before loading
+
+
+def swap(model: Any, modules: dict[str, Format]) -> None:
+    """Put an empty QuantLinear in place of each of these modules of a model on meta.
+
+    Raises CheckpointError, naming the module, where the model lacks it or it is no linear layer.
+    """
+    present = dict(model.named_modules())
+    tied = {name for pair in _tied(model).items() for name in pair}
+    for listed, fmt in modules.items():
+        name = next((name for name in _aliases(model, listed) if name in present), None)
+        if name is None:
+            if model.base_model is model and not listed.startswith(f"{model.base_model_prefix}."):
+                continue  # of a head that this model was asked to go without
+            raise CheckpointError(f"config.json: {listed} is quantized, but {type(model).__name__} has no such module")
+        if f"{name}.weight" in tied:
+            raise CheckpointError(
+                f"config.json: {listed} is listed as {fmt.spec}, but the model shares its weight with another layer: "
+                'set "tie_word_embeddings" to false'
+            )
+        old = present[name]
+        if isinstance(old, nn.Linear):
+            inputs, outputs = old.in_features, old.out_features
+        elif isinstance(old, Conv1D):
+            inputs, outputs = old.nx, old.nf
+        else:
+            raise CheckpointError(f"config.json: {listed} is a {type(old).__name__}, which {fmt.spec} cannot stand for")
+        with torch.device("meta"):
+            try:
+                new = QuantLinear(fmt, inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
+            except PlanError as error:
+                raise CheckpointError(f"config.json: {listed} cannot be {fmt.spec}: {error}") from error
+        model.set_submodule(name, new)
+
+
+def _aliases(model: Any, name: str) -> tuple[str, str, str]:
+    """A model without its head has the names of the model with a head, less a prefix; either may load the other's."""
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """{tensor: the tensor it shares its values with}."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _initialized() -> Tensor:
+    """Stands for the weight while the model is filled: some models initialize the weights of modules inside others.
+
+    It says that this is done already. They do so for every module, found in the file or not, to get at their buffers.
+    """
+    weight = torch.empty(0, device="meta")
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+
+def read_headers(files: list[str]) -> Specs:
+    """{tensor: shape and type} of safetensors files. Raises CheckpointError for any other file, or a damaged one."""
+    stored: Specs = {}
+    for file in files:
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{file}: not safetensors: llmquant models are, and nothing else is read")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    piece = tensors.get_slice(name)
+                    shape = tuple(piece.get_shape())
+                    stored[name] = TensorSpec(shape, (piece[:0] if shape else tensors.get_tensor(name)).dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: truncated or not safetensors ({error}): copy this file again") from error
+    return stored
+
+
+def _find(model: Any, name: str, stored: Specs) -> TensorSpec | None:
+    """What the files say of a tensor of the model; None also where transformers renames it while loading."""
+    return next((stored[alias] for alias in _aliases(model, name) if alias in stored), None)
+
+
+def _check_spec(name: str, found: TensorSpec, expected: TensorSpec) -> None:
+    if found != expected:
+        raise VerificationError(
+            f"{name} is {found.dtype} {list(found.shape)}, but should be {expected.dtype} {list(expected.shape)}: "
+            f"{REMEDY}"
+        )
+
+
+# ---- after loading
+
+
+def settle_types(model: Any, expected: Specs, stored: Specs) -> None:
+    """Give each tensor in memory the type that the skeleton had, where transformers casts too much or too little."""
+    quantized = {f"{name}.{suffix}" for name, layer in quantized_layers(model).items() for suffix in layer._buffers}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found, wanted = _find(model, name, stored), expected[name].dtype
+        if found is None or tensor.is_meta or tensor.dtype == wanted:
+            continue
+        # Layers that a model keeps in float32 are cast with their scales: exactly, so it can be undone.
+        widened = name in quantized and tensor.dtype == torch.float32
+        # transformers 5.17 does not cast what it renames, such as all of a model without its head.
+        left_alone = name not in quantized and name not in stored and tensor.dtype == found.dtype
+        if widened or left_alone:
+            tensor.data = tensor.data.to(wanted)
+
+
+def verify(model: Any, expected: Specs, stored: Specs) -> None:
+    """Compare a loaded model with what its empty skeleton expected and what the files held.
+
+    Raises VerificationError, naming the tensor: one missing from the files, of another shape or type, or not finite.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in model._keys_to_ignore_on_load_missing or ["(?!)"]))
+    missing = [n for n, t in tensors.items() if not (_was_read(model, n, t, stored) or ignored.search(n))]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise VerificationError(f"{missing[0]}{more}: not found in {model.name_or_path or 'the weights'}: {REMEDY}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name].shape:
+            _check_spec(name, _spec(tensor), expected[name])
+    for name, layer in quantized_layers(model).items():
+        _verify_layer(name, layer)
+
+
+def _was_read(model: Any, name: str, tensor: Tensor, stored: Specs) -> bool:
+    """Whether transformers found values for this tensor in the files."""
+    if not tensor.is_meta:
+        return getattr(tensor, "_is_hf_initialized", False)
+    # Offloaded: the values lie elsewhere, and so does the mark. What the files hold under its names must do.
+    tied = _tied(model)
+    names = [name, *(target for target, source in tied.items() if source == name)]
+    names += [tied[name]] if name in tied else []
+    return any(_find(model, n, stored) is not None for n in names) or bool(getattr(model, "_weight_conversions", None))
+
+
+def _verify_layer(name: str, layer: QuantLinear) -> None:
+    """The buffers in memory (an offloaded one is out of sight): types, the shape that was noted, finite scales."""
+    for suffix, spec in layer.format.layout((layer.out_features, layer.in_features)).items():
+        buffer = layer.get_buffer(suffix)
+        if buffer.is_meta:
+            continue
+        _check_spec(f"{name}.{suffix}", _spec(buffer), spec)
+        if suffix == "weight_shape" and buffer.tolist() != [layer.out_features, layer.in_features]:
+            raise VerificationError(
+                f"{name}.{suffix} says {buffer.tolist()}, but the layer is "
+                f"{[layer.out_features, layer.in_features]} (out, in): {REMEDY}"
+            )
+        if spec.dtype.is_floating_point and not torch.isfinite(buffer.float()).all():
+            raise VerificationError(f"{name}.{suffix} holds values that are not finite: {REMEDY}")
+
+
+register()

@@ -94,7 +94,7 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
     calibration = job.calibration
     length = 0
     if calibration is not None:
-        length = calibration.length or min(512, text.longest_window(model.config))
+        length = calibration.length or min(512, text.window_length(model.config))
     tokens = 0 if calibration is None else calibration.samples * length
     return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
 
@@ -162,7 +162,7 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
     if calibration.source != "self":
         tokenizer = text.load_tokenizer(folder, job.trust_remote_code)
         return text.calibration_windows(
-            calibration.source, tokenizer, count=calibration.samples, length=prepared.length, seed=job.seed
+            tokenizer, calibration.source, count=calibration.samples, length=prepared.length, seed=job.seed
         )
     _check_room(prepared)
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -163,7 +163,7 @@ def _row(
     known = (fmt, target.shape)
     if known not in kernels:
         named = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in layout.items()}
-        kernels[known] = llmquant_kernels.choose(fmt.packed_weight(named, target.shape), model.dtype)[0]
+        kernels[known] = llmquant_kernels.choose(fmt.packed_weight(named, target.shape).facts(), model.dtype)[0]
     return Row(block, target, key, fmt, rule, kernels[known])
 
 
@@ -185,9 +185,9 @@ def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, 
 def _seconds(rows: tuple[Row, ...], tokens: int) -> float:
     """Scaled up from quantizing a small random matrix and, with calibration, from one matrix product."""
     total = 0.0
-    measured: dict[tuple[Format, Rule], float] = {}
+    measured: dict[Any, float] = {}
     for row in rows:
-        known = (row.format, Rule("", None, row.rule.solver))
+        known = (row.format, row.rule.solver, *row.rule.options.items())
         if known not in measured:
             columns = row.target.shape[1]
             w = torch.randn(max(1, 2**19 // columns), columns)

@@ -213,14 +213,18 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: list[str], *, pr
         # verbose=False: that a stream is longer than the model's context is no news here
         texts = kept[start : start + DOCUMENTS_AT_A_TIME]
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream.append(torch.tensor([*(between if stream else before), *ids], dtype=torch.int64))
+            stream.append(torch.tensor([*before, *(between if stream else []), *ids], dtype=torch.int64))
     return torch.cat(stream) if stream else torch.empty(0, dtype=torch.int64)
 
 
-def window_length(config: PretrainedConfig) -> int:
-    """Tokens a window has where nobody says: the model's context, 2048 at most."""
+def window_length(config: PretrainedConfig, asked: int | None = None) -> int:
+    """Tokens in a window: as asked, else the model's context, 2048 at most. Raises PlanError if asked for too many."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(LONGEST_WINDOW, context or LONGEST_WINDOW)
+    if asked is None:
+        return min(LONGEST_WINDOW, context or LONGEST_WINDOW)
+    if asked < 2 or (context is not None and asked > context):
+        raise PlanError(f"windows of {asked} tokens: the model takes from 2 to {context or 'any number of'}")
+    return asked
 
 
 def windows(stream: Tensor, length: int) -> Tensor:
@@ -301,10 +305,10 @@ def sample_windows(
 ) -> Tensor:
     """What the model writes by itself: windows (count, length) int64 on the CPU, for calibration without data.
 
-    Ancestral sampling at temperature 1 from BOS, or from a random token where the model has none (the idea of
-    data-free calibration is LLM-QAT's, arXiv 2305.17888). A stop token does not end a window: BOS follows, and a new document. The randomness is one
-    number a token, drawn before anything runs, so the windows do not depend on `batch` beyond rounding; the same seed
-    on the same machine gives the same windows. progress: tokens done, of count * length.
+    Ancestral sampling at temperature 1 from BOS, or from a random token where the model has none; data-free calibration
+    is the idea of LLM-QAT (arXiv 2305.17888). A stop token does not end a window: BOS follows, and a new document.
+    The randomness is one number a token, drawn before anything runs, so the windows do not depend on `batch` beyond
+    rounding; the same seed on the same machine gives the same windows. progress: tokens done, of count * length.
 
     Raises DataError: the logits are not finite, or the model keeps no cache to sample with.
     """
@@ -324,7 +328,7 @@ def sample_windows(
 
 
 def _fill(model: PreTrainedModel, tokens: Tensor, draws: Tensor, bos: int | None, stops: set[int]) -> Iterator[int]:
-    """Sample tokens (rows, length) in place with the uniform numbers draws (rows, length); yields the columns filled."""
+    """Sample tokens (rows, length) in place, by uniform numbers draws (rows, length); yields the columns filled."""
     tokens[:, 0] = (draws[:, 0] * model.config.get_text_config().vocab_size).long() if bos is None else bos
     yield 1
     stop_tokens = torch.tensor(sorted(stops), dtype=torch.int64, device=tokens.device)

@@ -17,19 +17,20 @@ def over_rows(work: Callable[[int, int], None], rows: int, columns: int, device:
 
     The result cannot depend on the number of threads as long as `work` treats rows independently.
     """
-    step = max(1, PIECE // max(1, columns))
-    if device.type != "cpu" or rows <= step:
+    if device.type != "cpu":
         return work(0, rows)
-    threads = torch.get_num_threads()
+    step = max(1, PIECE // max(1, columns))
     pieces = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    if threads == 1:
-        for piece in pieces:
-            work(*piece)
-        return None
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(lambda piece: work(*piece), pieces):
-                pass
+    threads = torch.get_num_threads()
+    try:  # one thread inside a piece: handing out parts of so little costs more than it brings
+        if threads == 1 or len(pieces) == 1:
+            torch.set_num_threads(1)
+            for piece in pieces:
+                work(*piece)
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for _ in pool.map(lambda piece: work(*piece), pieces):
+                    pass
     finally:
         torch.set_num_threads(threads)  # torch also notes a worker's setting as the default of threads yet to start
     return None

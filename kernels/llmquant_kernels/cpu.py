@@ -1,0 +1,277 @@
+"""CPU backends: torch's small-batch operators where they apply, otherwise decoding in blocks of rows.
+
+All of it is inference: the operators have no derivative.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .reference import decode, of_rows, unpack
+from .weight import DTYPES, Facts, PackedWeight, Prepared
+
+_int4_pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
+_int4_linear = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_int8_linear = torch.ops.aten._weight_int8pack_mm.default
+
+ROWS_INT4 = 32
+ROWS_INT8 = 24
+ROWS_INT4_PAIR = 12
+ROWS_KEPT = 4
+BLOCK = 2**21
+ENTRIES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+class CpuDecode(Prepared):
+    """Decodes a block of rows at a time and multiplies by it, so that the dense weight never exists as a whole.
+
+    Holds the PackedWeight and a table of at most 4 KB, no copy of the weight; with `keep_decoded` the decoded one too.
+    """
+
+    name = "cpu_decode"
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
+        super().__init__(weight, dtype)
+        self.weight = weight
+        columns, bits = weight.shape[1], weight.bits
+        # Integers up to 255 are exact in any dtype; a level that is not must wait for its rounding until it is scaled.
+        inexact = weight.levels is not None and bool((weight.levels.to(dtype) != weight.levels).any())
+        self.levels_dtype = torch.float32 if inexact else dtype
+        per_byte = 8 // bits if 8 % bits == 0 and 8 // bits * self.levels_dtype.itemsize in ENTRIES else 1
+        self.whole_bytes = per_byte * bits == 8 and columns % per_byte == 0
+        self.whole_groups = weight.group >= columns or columns % weight.group == 0
+        self.table = _table(weight, self.levels_dtype, per_byte) if weight.levels is not None or per_byte > 1 else None
+        self.block = max(16, BLOCK // columns // 16 * 16)
+        starts = range(0, weight.shape[0], self.block)
+        self.decoded = torch.cat([self.rows(start) for start in starts]) if keep_decoded else None
+
+    @classmethod
+    def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
+        if facts.device != "cpu":
+            return f"runs on the CPU only, the weight is on {facts.device}"
+        if dtype not in DTYPES:
+            return f"activations must be float16, bfloat16 or float32, not {dtype}"
+        return None
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != self.dtype:
+            raise self.wrong_dtype(x)
+        if self.decoded is not None:
+            return functional.linear(x, self.decoded, bias)
+        starts = range(0, self.shape[0], self.block)
+        biases = [None] * len(starts) if bias is None else bias.split(self.block)
+        return torch.cat([functional.linear(x, self.rows(r), b) for r, b in zip(starts, biases, strict=True)], dim=-1)
+
+    def rows(self, start: int) -> Tensor:
+        """The decoded rows of the block that begins at `start`, (rows, in)."""
+        weight, stop = self.weight, min(start + self.block, self.shape[0])
+        if not (self.whole_bytes and self.whole_groups):
+            return decode(weight, self.dtype, start, stop)
+        codes = weight.packed[start:stop].view(torch.uint8)[:, : self.shape[1] * weight.bits // 8]
+        if self.table is None:
+            levels = codes.to(self.levels_dtype, memory_format=torch.contiguous_format)
+        else:
+            levels = self.table.index_select(0, codes.int().flatten()).view(self.levels_dtype)
+        scale = of_rows(weight.scale, start, stop)
+        shift = -(of_rows(weight.zero, start, stop) if isinstance(weight.zero, Tensor) else weight.zero) * scale
+        if weight.offset is not None:
+            shift = shift + of_rows(weight.offset, start, stop)
+        return _affine(levels.view(stop - start, weight.groups, -1), scale, shift).view(stop - start, -1).to(self.dtype)
+
+
+def _table(weight: PackedWeight, dtype: torch.dtype, per_byte: int) -> Tensor:
+    """The levels of the `per_byte` codes in each byte, as one element that is as wide as all of them."""
+    index = torch.arange(256 if per_byte > 1 else 2**weight.bits)
+    codes = torch.stack([index >> i * weight.bits & 2**weight.bits - 1 for i in range(per_byte)], dim=1)
+    levels = (codes if weight.levels is None else weight.levels[codes]).to(dtype)
+    return levels.view(ENTRIES[per_byte * dtype.itemsize]).view(-1)
+
+
+def _affine(levels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``levels * scale + shift`` in float32, rounded once to the dtype of levels.
+
+    levels (rows, groups, group); scale and shift (rows or 1, groups, 1) float32. Batch normalization is the one
+    operator of torch that multiplies a low precision by float32 in a single pass: elementwise operators promote the
+    whole operand first and take nine times as long.
+    """
+    rows, groups, _ = levels.shape
+    scale, shift = (grid.expand(rows, groups, 1).reshape(-1) for grid in (scale, shift))
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.batch_norm(levels.view(1, rows * groups, -1), scale, shift, zeros, ones, False, 0.0, 0.0, False)
+
+
+class FewRows(CpuDecode):
+    """A backend with an operator for few rows of x, bfloat16 only; more than `limit` rows are taken by CpuDecode."""
+
+    limit: int
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
+        super().__init__(weight, dtype, keep_decoded)
+        if keep_decoded:
+            self.limit = ROWS_KEPT
+
+    @classmethod
+    def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
+        if reason := super().refuses(facts, dtype):
+            return reason
+        if dtype != torch.bfloat16:
+            return f"the operator is fast for bfloat16 activations only, not {dtype}"
+        if facts.has_levels:
+            return "the operator knows integers, not tables of levels"
+        return None
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != self.dtype:
+            raise self.wrong_dtype(x)
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if flat.shape[0] > self.limit:
+            return super().linear(x, bias)
+        y = self.few(flat.contiguous())
+        if bias is not None:
+            y += bias
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    @abstractmethod
+    def few(self, x: Tensor) -> Tensor:
+        """``x @ w.T`` for x (rows, in), contiguous."""
+
+
+class CpuInt4(FewRows):
+    """Codes of up to 4 bits by torch's int4 operator, which computes ``(q - 8) * s + z`` with s and z in bfloat16.
+
+    Rounding a float16 scale costs no more than a dense bfloat16 weight loses by the rounding of its elements. Rounding
+    z would, as the columns of a group share that error: what it loses is added from the sums of x over each group.
+
+    Holds the PackedWeight and a copy of the codes at 4 bits, with 32 bits for each group of at most 256, or 48 where z
+    had to be rounded.
+    """
+
+    name = "cpu_int4"
+    bits = range(1, 5)
+    limit = ROWS_INT4
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
+        super().__init__(weight, dtype, keep_decoded)
+        self.group = _int4_group(weight.shape[1], weight.group)
+        codes, zero = _centred(weight, 4)
+        self.codes = _int4_pack(codes, 1)
+        scale, shift, self.rest = _int4_grid(weight, codes, zero, self.group, 8)
+        self.grid = torch.stack([scale, shift], dim=-1)
+
+    @classmethod
+    def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
+        if reason := super().refuses(facts, dtype):
+            return reason
+        if facts.bits not in cls.bits:
+            return f"takes {cls.bits[0]} to {cls.bits[-1]} bits, not {facts.bits}"
+        if facts.shape[0] % 16:
+            return f"out must be a multiple of 16, not {facts.shape[0]}"
+        if not _int4_group(facts.shape[1], facts.group):
+            return f"in and group must be multiples of 32, not {facts.shape[1]} and {facts.group}"
+        return None
+
+    def few(self, x: Tensor) -> Tensor:
+        y = _int4_linear(x, self.codes, self.group, self.grid)
+        return y if self.rest is None else y.addmm_(x.view(len(x), -1, self.group).sum(-1), self.rest)
+
+
+class CpuInt8(FewRows):
+    """Integers of 8 bits with one scale per row by torch's int8 operator, which applies a bfloat16 scale at the end.
+
+    Holds the PackedWeight and a copy of the codes at 8 bits.
+    """
+
+    name = "cpu_int8"
+    limit = ROWS_INT8
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
+        super().__init__(weight, dtype, keep_decoded)
+        assert isinstance(weight.zero, int)  # see refuses
+        codes = unpack(weight.packed, weight.bits, weight.shape[1])
+        self.codes = (codes.short() - weight.zero).to(torch.int8, memory_format=torch.contiguous_format)
+        self.scale = weight.scale.expand(weight.shape[0], 1).flatten().to(dtype)
+
+    @classmethod
+    def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
+        if reason := super().refuses(facts, dtype):
+            return reason
+        columns = facts.shape[1]
+        if facts.group < columns:
+            return f"knows one scale per row, not groups of {facts.group}"
+        if columns % 16:
+            return f"in must be a multiple of 16, not {columns}: the operator reads past the end of others"
+        if facts.has_offset or facts.zero is None:
+            return "knows neither an offset nor a zero point per row"
+        if not 2**facts.bits - 128 <= facts.zero <= 128:
+            return f"codes of {facts.bits} bits less a zero point of {facts.zero} do not fit 8 bits"
+        return None
+
+    def few(self, x: Tensor) -> Tensor:
+        return _int8_linear(x, self.codes, self.scale)
+
+
+class CpuInt4Pair(CpuInt4):
+    """Codes of 5 to 8 bits with a scale per group as two weights of the int4 operator: ``q = 16 * high + low``.
+
+    Holds the PackedWeight and a copy of the codes at 8 bits, with 64 bits for each group of at most 256, or 80 where z
+    had to be rounded.
+    """
+
+    name = "cpu_int4_pair"
+    bits = range(5, 9)
+    limit = ROWS_INT4_PAIR
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
+        FewRows.__init__(self, weight, dtype, keep_decoded)
+        self.group = _int4_group(weight.shape[1], weight.group)
+        codes, zero = _centred(weight, 8)
+        self.codes, self.high = _int4_pack(codes & 15, 1), _int4_pack(codes >> 4, 1)
+        # (q - 136) * s + z == ((high - 8) * 16 * s + z) + (low - 8) * s: the second half, without z, rounds to small.
+        scale, shift, self.rest = _int4_grid(weight, codes, zero, self.group, 16 * 8 + 8)
+        self.grid = torch.stack([scale, torch.zeros_like(shift)], dim=-1)
+        self.high_grid = torch.stack([scale * 16, shift], dim=-1)
+
+    def few(self, x: Tensor) -> Tensor:
+        return super().few(x).add_(_int4_linear(x, self.high, self.group, self.high_grid))
+
+
+def _int4_group(columns: int, group: int) -> int:
+    """The largest group of the int4 operator that divides both, 0 where none does."""
+    return next((g for g in (256, 128, 64, 32) if columns % g == 0 and (group % g == 0 or group >= columns)), 0)
+
+
+def _centred(weight: PackedWeight, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes (out, in) int32 and zeros (out or 1, groups), moved together within `bits` to bring zeros near its middle.
+
+    In the middle a zero costs the operators nothing; elsewhere it becomes a z, which they round.
+    """
+    zero = weight.zero.int() if isinstance(weight.zero, Tensor) else torch.full((1, weight.groups), weight.zero)
+    move = (2 ** (bits - 1) - zero).clamp(0, 2**bits - 2**weight.bits)
+    columns = torch.arange(weight.shape[1]) // weight.group
+    return (unpack(weight.packed, weight.bits, weight.shape[1]) + move[:, columns]).int(), zero + move
+
+
+def _int4_grid(
+    weight: PackedWeight, codes: Tensor, zero: Tensor, group: int, centre: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """s and z of ``(q - centre) * s + z``, and what z lost by rounding or None: all (in / group, out) bfloat16.
+
+    A weight is off by ``(q - middle) * (s - scale)``. Where the weights of a group are not centred on 0, the middle is
+    their mean instead: an error of one sign would be added up by activations of one sign.
+    """
+    columns = torch.arange(0, weight.shape[1], group) // weight.group
+    rows = weight.shape[0]
+    scale, zero = (grid.float().expand(rows, -1)[:, columns] for grid in (weight.scale, zero))
+    centred = isinstance(weight.zero, int) and weight.offset is None
+    middle = zero if centred else codes.view(rows, -1, group).float().mean(-1)
+    rounded = scale.bfloat16().float()
+    shift = (centre - middle) * rounded + (middle - zero) * scale
+    if weight.offset is not None:
+        shift = shift + weight.offset.float().expand(rows, -1)[:, columns]
+    rest = shift - shift.bfloat16().float()
+    rounded, shift, rest = (grid.t().bfloat16().contiguous() for grid in (rounded, shift, rest))
+    return rounded, shift, rest if rest.any() else None
