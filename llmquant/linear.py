@@ -56,7 +56,9 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.spec}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.spec}"
+        )
 
     # ---- what the kernels made of the buffers: never saved, never copied, made again when needed
 

@@ -485,7 +485,11 @@ def test_pickles_are_not_read(llama: Folders, tmp_path: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[Any, str, type[LlmquantError]]] = {
-    "absent module": ({"int4:g32": ["model.layers.7.mlp.up_proj"]}, "layers.7.mlp.up_proj is quantized", CheckpointError),
+    "absent module": (
+        {"int4:g32": ["model.layers.7.mlp.up_proj"]},
+        "layers.7.mlp.up_proj is quantized",
+        CheckpointError,
+    ),
     "embeddings": ({"int4:g32": ["model.embed_tokens"]}, "model.embed_tokens is a Embedding", CheckpointError),
     "block": ({"int4:g32": ["model.layers.0"]}, "model.layers.0 is a LlamaDecoderLayer", CheckpointError),
     "twice": ({"int4:g32": [LAYER], "int8:channel": [LAYER]}, "down_proj is listed twice", CheckpointError),
@@ -530,7 +534,13 @@ def test_load(llama: Folders, tmp_path: Path) -> None:
 
 
 def test_the_config_keeps_what_it_does_not_know() -> None:
-    content = {"quant_method": "llmquant", "version": "7", "formats": {"int4:g32": ["a"]}, "to_dict": 1, "dequantize": True}
+    content = {
+        "quant_method": "llmquant",
+        "version": "7",
+        "formats": {"int4:g32": ["a"]},
+        "to_dict": 1,
+        "dequantize": True,
+    }
     config = LlmquantConfig.from_dict(content)
     assert config.to_dict() == content
     assert config.modules() == {"a": formats.get("int4:g32")}

@@ -25,7 +25,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass
 class Case:
-    """How to draw a weight. `zero` is an int, "tensor" or "row" (one for all rows); `per` "tensor" is one row of scales."""
+    """How to draw a weight. `zero`: an int, "tensor", or "row" (one for all rows); `per`: "tensor" is one row of scales."""
 
     bits: int
     shape: tuple[int, int]
