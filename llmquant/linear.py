@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llmquant_kernels
 import torch
-from llmquant_kernels import PackedWeight, Prepared
 from torch import Tensor, nn
 
+import llmquant_kernels
 from llmquant.formats import Format
+from llmquant_kernels import PackedWeight, Prepared
 
 
 class QuantLinear(nn.Module):
@@ -34,7 +34,8 @@ class QuantLinear(nn.Module):
         for suffix, spec in fmt.layout((out_features, in_features)).items():
             self.register_buffer(suffix, torch.empty(spec.shape, dtype=spec.dtype))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._forget_prepared()
+        self._prepared: dict[torch.dtype, Prepared] = {}
+        self._prepared_from: tuple[object, ...] = ()
 
     @property
     def packed_weight(self) -> PackedWeight:
@@ -83,8 +84,7 @@ class QuantLinear(nn.Module):
             return llmquant_kernels.prepare(self.packed_weight, dtype=dtype, keep_decoded=self.keep_decoded)
 
     def _forget_prepared(self) -> None:
-        self._prepared: dict[torch.dtype, Prepared] = {}
-        self._prepared_from: tuple[object, ...] = ()
+        self._prepared, self._prepared_from = {}, ()
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy: the copy prepares its own weight."""

@@ -139,7 +139,7 @@ def _decide(
         else:
             yield _row(checkpoint, model, target, block, key, rule, kernels)
     for name in model.unsupported(block):
-        yield Kept(name, "expert matrices in one three-dimensional tensor are not supported yet")
+        yield Kept(name, "no solver quantizes a parameter of this kind yet")
 
 
 def _row(

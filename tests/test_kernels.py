@@ -19,13 +19,13 @@ import llmquant_kernels as kernels
 from llmquant_kernels import Facts, PackedWeight
 from llmquant_kernels.cpu import ROWS_INT4
 
-ROWS = (1, 2, 8, 16, 17, 31, 32, 33)
+ROWS = (1, 2, 8, 16, 17, 31, 32, 33, 64)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass
 class Case:
-    """How to draw a weight. `zero`: an int, "tensor", or "row" (one for all rows); `per`: "tensor" is one row of scales."""
+    """How to draw a weight: `zero` is an int, "tensor" or "row" (one for all rows); `per` "tensor" is one row of scales."""
 
     bits: int
     shape: tuple[int, int]

@@ -18,11 +18,23 @@ _int4_pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _int4_linear = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_linear = torch.ops.aten._weight_int8pack_mm.default
 
-ROWS_INT4 = 32
-ROWS_INT8 = 24
-ROWS_INT4_PAIR = 12
-ROWS_KEPT = 4
+# Rows of x up to which an operator for few rows beats decoding and a dense product, in milliseconds of one thread on an
+# Intel Xeon with AMX, torch 2.13, weight 4096x4096, groups of 128 (int8: one scale per row). The operators take time in
+# proportion to rows, decoding hardly does: the ratio, not the machine, sets the crossing.
+#     rows               1      4      8     16     32     40     48
+#     int4            0.83   1.69   3.26   6.65  13.11  16.38  19.70    decoding 14.7 to 16.5
+#     int8            0.92   1.64   3.18   6.53  13.18  16.48  19.37    decoding 11.4 to 13.0
+#     two int4        1.79   3.37   6.58  13.07  26.44  32.82  39.87    decoding 12.0 to 14.0
+#     dense bfloat16  2.3    2.3    2.3    2.3    3.1    4.2    3.5
+ROWS_INT4 = 36
+ROWS_INT8 = 28
+ROWS_PAIR = 14
+# The same against a decoded weight that is kept, the last line.
+ROWS_INT4_KEPT = ROWS_INT8_KEPT = 4
+ROWS_PAIR_KEPT = 1
+# Weights decoded at a time. Fewer stay in a smaller cache but pay for more calls: 2**18 takes a third longer in all.
 BLOCK = 2**21
+# The dtype that moves so many bytes as one element.
 ENTRIES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
@@ -108,11 +120,12 @@ class FewRows(CpuDecode):
     """A backend with an operator for few rows of x, bfloat16 only; more than `limit` rows are taken by CpuDecode."""
 
     limit: int
+    limit_kept: int  # with a kept decoded weight
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         super().__init__(weight, dtype, keep_decoded)
         if keep_decoded:
-            self.limit = ROWS_KEPT
+            self.limit = self.limit_kept
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
@@ -152,7 +165,7 @@ class CpuInt4(FewRows):
 
     name = "cpu_int4"
     bits = range(1, 5)
-    limit = ROWS_INT4
+    limit, limit_kept = ROWS_INT4, ROWS_INT4_KEPT
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         super().__init__(weight, dtype, keep_decoded)
@@ -186,7 +199,7 @@ class CpuInt8(FewRows):
     """
 
     name = "cpu_int8"
-    limit = ROWS_INT8
+    limit, limit_kept = ROWS_INT8, ROWS_INT8_KEPT
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         super().__init__(weight, dtype, keep_decoded)
@@ -223,7 +236,7 @@ class CpuInt4Pair(CpuInt4):
 
     name = "cpu_int4_pair"
     bits = range(5, 9)
-    limit = ROWS_INT4_PAIR
+    limit, limit_kept = ROWS_PAIR, ROWS_PAIR_KEPT
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         FewRows.__init__(self, weight, dtype, keep_decoded)

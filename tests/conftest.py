@@ -1,0 +1,28 @@
+"""What tests share: the bundled model, and text that it was not trained on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ASSETS = Path(__file__).parent / "assets"
+sys.path.insert(0, str(ASSETS))
+
+
+@pytest.fixture(scope="session")
+def pycode() -> Path:
+    """The bundled model: a Llama of six blocks that has read Python's standard library."""
+    return ASSETS / "pycode"
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packages of the standard library that the bundled model was not trained on, as a JSON list of files."""
+    from train_pycode import documents
+
+    path = tmp_path_factory.mktemp("text") / "held_out.json"
+    path.write_text(json.dumps(documents(held_out=True)))
+    return path
