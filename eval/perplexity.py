@@ -44,7 +44,7 @@ def evaluate(name: str, documents: list[str], args: argparse.Namespace) -> dict[
     # All rows of the logits count, padding too: so it is in published figures.
     found = metrics.perplexity(model, windows, progress=show_progress if sys.stderr.isatty() else None)
     begins = windows[0, 0].item() == tokenizer.bos_token_id
-    return {"model": name, **found.to_dict(), "window": length, "begins_with_bos": begins, "size": size.to_dict()}
+    return {"name": name, **found.to_dict(), "window": length, "begins_with_bos": begins, "size": size.to_dict()}
 
 
 def show_progress(done: int, total: int) -> None:

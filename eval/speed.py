@@ -100,7 +100,7 @@ def main() -> None:
     results = []
     for name, times in zip(names, runs, strict=True):
         medians = {phase: median(found[phase] for found in times) for phase in PHASES}
-        results.append({"model": name, "tokens_per_second": medians, "runs": times})
+        results.append({"name": name, "tokens_per_second": medians, "runs": times})
         print(f"{name[-40:]:40} {medians['prefill']:14.1f} {medians['decode']:14.1f}")
     report: dict[str, Any] = {"settings": vars(args), "threads": torch.get_num_threads(), "results": results}
     if args.reference is not None:

@@ -50,14 +50,13 @@ class Streams:
             return calls
         return [old if _equal(old, new) else new for old, new in zip(self.calls[0], calls, strict=True)]
 
-    def advance(self, block: int, swap: WeightSwap, progress: Callable[[int, int], None]) -> None:
+    def advance(self, block: int, swap: WeightSwap) -> None:
         """Both streams through the block: the reference with the original weights, the other with the new ones."""
         for i, calls in enumerate(self.calls):
             with swap.original():
                 reference = self.model.run_block(block, self.reference[i], calls[block])
             self.quantized[i] = self.model.run_block(block, self.quantized[i], calls[block])
             self.reference[i] = reference
-            progress(i + 1, len(self.calls))
 
     def collect(self, block: int, module: nn.Module, stage: list[Target], swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""

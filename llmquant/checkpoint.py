@@ -206,12 +206,15 @@ class OutputFolder:
             self._lock = (self.partial / JOURNAL).open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if self._overwrite:
+                self._lock.truncate(0)
+            self._read_journal()
+        except BlockingIOError:
             self._lock.close()
             raise OutputError(f"{self.partial}: another run is writing here: wait for it or choose another") from None
-        if self._overwrite:
-            self._lock.truncate(0)
-        self._read_journal()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -34,6 +34,9 @@ from llmquant.version import __version__
 METHOD = "llmquant"
 REMEDY = "the checkpoint is damaged or incomplete: copy it again, or quantize the model again"
 
+# transformers 5.17 does not cast what it renames or merges while loading: a model without its head, experts.
+RENAMED_STAYS_UNCAST = not hasattr(HfQuantizer, "get_new_dtype")
+
 Specs = dict[str, TensorSpec]
 
 
@@ -92,6 +95,8 @@ class LlmquantQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Raises VerificationError unless all of the model came from the files, and is what belongs there."""
+        if (getattr(model, "tp_size", None) or 1) > 1:
+            raise PlanError("quantized layers cannot be split over devices by tensor parallelism here: serve with vLLM")
         for layer in quantized_layers(model).values():
             del layer.weight
         settle_types(model, self._expected, self._stored)
@@ -138,8 +143,8 @@ def load(model: str | Any, **kwargs: Any) -> Any:
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
     """{name of each quantized module: which kernel serves it and why}. dtype: of the inputs, by default the model's."""
-    dtype = dtype or getattr(model, "dtype", torch.float32)
-    return {name: layer.explain(dtype) for name, layer in quantized_layers(model).items()}
+    inputs = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {name: layer.explain(inputs) for name, layer in quantized_layers(model).items()}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -244,14 +249,15 @@ def settle_types(model: Any, expected: Specs, stored: Specs) -> None:
     """Give each tensor in memory the type that the skeleton had, where transformers casts too much or too little."""
     quantized = {f"{name}.{suffix}" for name, layer in quantized_layers(model).items() for suffix in layer._buffers}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        found, wanted = _find(model, name, stored), expected[name].dtype
-        if found is None or tensor.is_meta or tensor.dtype == wanted:
+        wanted = expected[name].dtype
+        if tensor.is_meta or tensor.dtype == wanted or not tensor.is_floating_point():
             continue
-        # Layers that a model keeps in float32 are cast with their scales: exactly, so it can be undone.
-        widened = name in quantized and tensor.dtype == torch.float32
-        # transformers 5.17 does not cast what it renames, such as all of a model without its head.
-        left_alone = name not in quantized and name not in stored and tensor.dtype == found.dtype
-        if widened or left_alone:
+        if name in quantized:
+            # Layers that a model keeps in float32 are cast with their scales: exactly, so it can be undone.
+            undo = tensor.dtype == torch.float32 and _find(model, name, stored) == expected[name]
+        else:
+            undo = RENAMED_STAYS_UNCAST and bool(stored) and name not in stored
+        if undo:
             tensor.data = tensor.data.to(wanted)
 
 
@@ -264,8 +270,9 @@ def verify(model: Any, expected: Specs, stored: Specs) -> None:
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in model._keys_to_ignore_on_load_missing or ["(?!)"]))
     missing = [n for n, t in tensors.items() if not (_was_read(model, n, t, stored) or ignored.search(n))]
     if missing:
+        where = model.name_or_path if stored else "the tensors given"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise VerificationError(f"{missing[0]}{more}: not found in {model.name_or_path or 'the weights'}: {REMEDY}")
+        raise VerificationError(f"{missing[0]}{more}: not found in {where}: {REMEDY}")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name].shape:
             _check_spec(name, _spec(tensor), expected[name])

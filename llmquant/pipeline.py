@@ -123,7 +123,7 @@ def quantize(prepared: Prepared, output: Path, *, overwrite: bool = False, progr
                 results = _solve_block(prepared, block, module, streams, swap, step)
                 _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results)
             if streams is not None and block + 1 < blocks:
-                streams.advance(block, swap, lambda done, total: None)
+                streams.advance(block, swap)
             model.unload_block(block)
         if blocks not in folder.records:
             outside = prepared.checkpoint.tensors(model.outside_keys())

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, VOCABULARY, make_checkpoint
+from architectures import ARCHITECTURES, MOE, VOCABULARY, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
@@ -153,6 +153,15 @@ def assert_serves(folders: Folders, tolerance: float = 1e-5, **options: Any) -> 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str, make: Callable[..., Folders]) -> None:
     assert_serves(make(name, assorted))
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts_may_stay_dense(name: str, make: Callable[..., Folders]) -> None:
+    """They are renamed and merged while loading, and cast all the same."""
+    folders = make(name, lambda module: "int4:g32:bf16" if "attn" in module else None, dtype=torch.bfloat16)
+    for dtype in (torch.float32, torch.float16):
+        model = assert_serves(folders, 1e-5 if dtype == torch.float32 else 0.05, dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize(
@@ -303,6 +312,17 @@ def test_device_maps(
     assert all(not layer._prepared for layer in offloaded(model))
 
 
+def test_saving_an_offloaded_model(make: Callable[..., Folders], tmp_path: Path) -> None:
+    folders = make("llama", assorted, tied=False)
+    options: dict[str, Any] = {"device_map": HALF_ON_DISK, "offload_folder": tmp_path / "offload"}
+    model = load(folders.quantized, offload_buffers=True, **options)
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert_as_in_file(again, folders.quantized)
+    assert torch.equal(logits(again), logits(model))
+
+
 def offloaded(model: nn.Module) -> list[QuantLinear]:
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     return [layer for layer in layers if layer.weight_packed.is_meta]
@@ -362,7 +382,7 @@ def test_what_was_prepared_goes_when_the_weight_changes() -> None:
     layer, other = quant_linear(bias=False), quant_linear(bias=False)
     other.weight_packed.bitwise_not_()
     x = torch.randn(3, 72)
-    before = layer(x)
+    before: Tensor = layer(x)
     for assign in (False, True):
         layer.load_state_dict(other.state_dict(), assign=assign)
         assert torch.equal(layer(x), other(x))
@@ -463,7 +483,7 @@ def test_a_dense_tensor_of_another_shape(damaged: Callable[..., Path]) -> None:
     """Newer releases of transformers refuse it themselves, the older take it."""
     name = "model.norm.weight"
     folder = damaged(lambda tensors, config: tensors.update({name: tensors[name][:1].clone()}))
-    with pytest.raises((VerificationError, RuntimeError), match="norm.weight|mismatch"):
+    with pytest.raises((VerificationError, RuntimeError), match=r"norm.weight|mismatch"):
         load(folder)
 
 

@@ -25,7 +25,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass
 class Case:
-    """How to draw a weight: `zero` is an int, "tensor" or "row" (one for all rows); `per` "tensor" is one row of scales."""
+    """How to draw a weight. `zero`: an int, "tensor" or "row" (one for all rows); `per` "tensor": one scale row."""
 
     bits: int
     shape: tuple[int, int]
@@ -127,6 +127,7 @@ CASES = [
     *(Case(bits, (17, 100), 25, "tensor", offset=True) for bits in range(1, 9)),
     *(Case(bits, (5, 33), 33, 0, per="tensor", levels=True) for bits in range(1, 9)),
     *(Case(bits, (32, 128), 32, 0, levels=True) for bits in range(1, 9)),
+    *(Case(bits, (24, 96), 24, "tensor", spare=3) for bits in range(1, 9)),
     Case(4, (3, 7), 2, 8),
     Case(8, (1, 1), 1, 0),
 ]

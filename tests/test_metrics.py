@@ -104,9 +104,13 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_the_vocabulary() -> No
 
 def test_neither_batch_nor_pieces_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model, other, windows = tiny(), near(tiny()), tokens()
-    told: list[tuple[int, int]] = []
-    whole = metrics.divergence(model, other, windows, batch=3, progress=lambda done, total: told.append((done, total)))
-    assert told == [(3, 7), (6, 7), (7, 7)]
+    told: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        told.extend((done, total))
+
+    whole = metrics.divergence(model, other, windows, batch=3, progress=tell)
+    assert told == [3, 7, 6, 7, 7, 7]
     perplexity = metrics.perplexity(other, windows, batch=7)
     monkeypatch.setattr(metrics, "CHUNK_BYTES", 3 * 4 * VOCABULARY)  # three positions
     pieces = metrics.divergence(model, other, windows, batch=1)
@@ -144,8 +148,8 @@ def test_divergence_agrees_with_loops_in_float64(vocabulary: int | None) -> None
         log_p, log_q = (log_probabilities(m, window, size) for m in (reference, model))
         for i in range(10):
             kl.append(sum(math.exp(p) * (p - q) for p, q in zip(log_p[i], log_q[i], strict=True)))
-            best = [max(range(size), key=lambda v, row=row: row[v]) for row in (log_p[i], log_q[i])]
-            agree += best[0] == best[1]
+            likeliest_p, likeliest_q = (row.tolist().index(max(row)) for row in (log_p[i], log_q[i]))
+            agree += likeliest_p == likeliest_q
             target = window[i + 1]
             squares += (math.exp(log_q[i, target]) - math.exp(log_p[i, target])) ** 2
         means.append(sum(kl[-10:]) / 10)
@@ -391,6 +395,7 @@ def test_the_divergence_script(
     options = ["--reference", model_folder, "--text", model_folder / "text.txt", "--window", 16, "--max-windows", 3]
     found = run_script("divergence", model_folder, *options, "--device", "cpu", capsys=capsys, monkeypatch=monkeypatch)
     (row,) = found["results"]
+    assert row["name"] == str(model_folder)
     assert (row["kl_mean"], row["top1_agreement"], row["tokens"]) == (0, 1, 45)
 
 

@@ -1,0 +1,314 @@
+"""Runs: what they write is what was solved, the same each time, and a cut one ends as if it had not been cut."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, make_checkpoint
+from llmquant import formats, inspection, pipeline
+from llmquant.blocks import StreamedModel
+from llmquant.calibration import Streams, WeightSwap
+from llmquant.checkpoint import MANIFEST, Checkpoint
+from llmquant.errors import OutputError, PlanError
+from llmquant.recipe import Recipe, Rule
+from llmquant.stats import Stats
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+SMALL = pipeline.Calibration("self", samples=4, length=32, batch=2)
+
+
+def quantize(model: Path, output: Path, recipe: Recipe | str = "int4:g32", **job: object) -> dict:
+    rules = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
+    settings = {"calibration": None, **job}
+    prepared = pipeline.prepare(pipeline.Job(str(model), rules, **settings), output)  # type: ignore[arg-type]
+    return pipeline.quantize(prepared, output)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def dense_twin(model: Path, folder: Path) -> torch.nn.Module:
+    """The original model with the matrices replaced by what the folder's tensors decode to."""
+    stored: dict[str, Tensor] = {}
+    for shard in folder.glob("*.safetensors"):
+        stored |= load_file(shard)
+    twin = AutoModelForCausalLM.from_pretrained(model)
+    for tensor in json.loads((folder / MANIFEST).read_text())["tensors"]:
+        base = tensor["key"].removesuffix("weight")
+        fmt = formats.get(tensor["format"])
+        named = {suffix: stored[base + suffix] for suffix in fmt.layout(tensor["shape"])}
+        decoded = fmt.decode(*fmt.unpack(named, tensor["shape"]))
+        weight = twin.get_submodule(tensor["name"]).weight
+        assert isinstance(weight, Tensor)
+        transposed = type(twin.get_submodule(tensor["name"])).__name__ == "Conv1D"
+        weight.data = (decoded.T if transposed else decoded).to(weight.dtype).contiguous()
+    return twin
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_loads_with_the_logits_of_the_decoded_weights(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", name, dtype=torch.float32, max_shard_size="100KB")
+    manifest = quantize(model, tmp_path / "out", "int4:g48", calibration=SMALL)
+    assert len(manifest["tensors"]) >= 3 * 4
+    assert not manifest["kept_dense"]
+    ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = dense_twin(model, tmp_path / "out")(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert inspection.verify(tmp_path / "out") == []
+
+
+def test_streams_are_the_original_and_the_quantized_model(tmp_path: Path) -> None:
+    """Both streams against the hidden states that the whole models give."""
+    folder = make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32)
+    model = StreamedModel(Checkpoint(folder))
+    windows = torch.randint(3, 300, (3, 16), generator=torch.Generator().manual_seed(2))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    changed = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        streams = Streams.start(model, windows, batch=2, progress=lambda done, total: None)
+        for block in range(3):
+            module = model.load_block(block)
+            swap = WeightSwap()
+            for target in model.targets(block).values():
+                weight = module.get_submodule(target.name.removeprefix(model.block_names[block] + ".")).weight
+                assert isinstance(weight, torch.nn.Parameter)
+                swap.replace(target.name, weight, weight.data * 0.9)
+                changed.get_submodule(target.name).weight.data.mul_(0.9)  # type: ignore[operator, union-attr]
+            streams.advance(block, swap)
+            model.unload_block(block)
+        for found, twin in ((streams.reference, whole), (streams.quantized, changed)):
+            normed = twin.model.norm(torch.cat(found))
+            expected = twin.model(windows, output_hidden_states=True).last_hidden_state
+            torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_are_sums_over_tokens() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, x_ref = torch.randn(40, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    stats = Stats.empty(8)
+    stats.update(x[:15], x_ref[:15])
+    other = Stats.empty(8)
+    other.update(x[15:].view(5, 5, 8), x_ref[15:].view(5, 5, 8))
+    both = stats + other
+    a, b = x.double(), x_ref.double()
+    torch.testing.assert_close(both.hessian.double(), sum(torch.outer(t, t) for t in a), rtol=1e-5, atol=1e-5)
+    cross = sum(torch.outer(s - t, t) for s, t in zip(b, a, strict=True))
+    torch.testing.assert_close(both.cross.double(), cross, rtol=1e-5, atol=1e-5)
+    assert both.tokens == 40
+    w = torch.randn(3, 8, generator=generator)
+    energy = (a @ w.double().T).square().sum(1).mean().item()
+    assert both.output_energy(w) == pytest.approx(energy, rel=1e-5)
+    torch.testing.assert_close(both.importance().double(), a.square().mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_statistics_leave_out_tokens_that_are_not_finite() -> None:
+    x = torch.ones(6, 4)
+    x[2, 1] = torch.nan
+    x_ref = torch.ones(6, 4)
+    x_ref[4, 0] = torch.inf
+    stats = Stats.empty(4)
+    stats.update(x, x_ref)
+    assert (stats.tokens, stats.dropped) == (4, 2)
+    assert torch.equal(stats.hessian, torch.full((4, 4), 4.0))
+
+
+@pytest.mark.parametrize("calibration", [None, SMALL], ids=["fast", "calibrated"])
+def test_same_seed_same_bytes(calibration: pipeline.Calibration | None, pycode: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        quantize(pycode, tmp_path / name, "int3:g64", calibration=calibration)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+KILLED = textwrap.dedent("""
+    import os, signal, sys, time
+    from pathlib import Path
+    import torch
+    from llmquant import pipeline
+    from llmquant.recipe import Recipe
+
+    torch.set_num_threads(1)  # so that a fork finds no threads
+    model, output, moments = sys.argv[1], Path(sys.argv[2]), [float(moment) for moment in sys.argv[3:]]
+    job = pipeline.Job(model, Recipe.uniform("int4:g32"), pipeline.Calibration("self", samples=8, length=64, batch=4))
+
+    def run():
+        pipeline.quantize(pipeline.prepare(job, output), output)
+
+    start = time.monotonic()
+    for moment in moments:
+        child = os.fork()
+        if child == 0:
+            run()
+            os._exit(0)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        journal = output.with_name(output.name + ".partial") / "journal.jsonl"
+        print("killed" if os.WIFSIGNALED(status) else "done", len(journal.read_text().splitlines()) if journal.exists() else 0)
+        if output.exists():
+            break
+    if not output.exists():
+        run()
+""")
+
+
+def test_killed_at_random_moments_and_resumed_the_bytes_are_the_same(pycode: Path, tmp_path: Path) -> None:
+    def run(output: Path, moments: list[float]) -> list[str]:
+        command = [sys.executable, "-c", KILLED, str(pycode), str(output), *map(str, moments)]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout.splitlines()
+
+    run(tmp_path / "whole", [])
+    generator = torch.Generator().manual_seed(4)
+    moments = (torch.rand(5, generator=generator) * 2.0).tolist()
+    killed = run(tmp_path / "cut", moments)
+    assert killed
+    assert all(line.startswith("killed") for line in killed[:1])
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+    assert not (tmp_path / "cut.partial").exists()
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(model: Path, output: Path, block: int, recipe: str = "int4:g32", **job: object) -> None:
+    """A run that stops when it begins the given block."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith(f"block {block + 1} "):
+            raise Cut
+
+    settings = {"calibration": None, **job}
+    prepared = pipeline.prepare(pipeline.Job(str(model), Recipe.uniform(recipe), **settings), output)  # type: ignore[arg-type]
+    with pytest.raises(Cut):
+        pipeline.quantize(prepared, output, progress=progress)
+
+
+def test_finished_blocks_are_not_done_again(pycode: Path, tmp_path: Path) -> None:
+    quantize(pycode, tmp_path / "whole")
+    cut_after(pycode, tmp_path / "cut", 3)
+    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut.partial").glob("*.safetensors")}
+    assert len(shards) == 3
+    assert not (tmp_path / "cut").exists()
+    quantize(pycode, tmp_path / "cut")
+    assert {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in shards} == shards
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "journal"])
+def test_resume_does_a_damaged_block_again(damage: str, pycode: Path, tmp_path: Path) -> None:
+    quantize(pycode, tmp_path / "whole")
+    cut_after(pycode, tmp_path / "cut", 3)
+    shard = tmp_path / "cut.partial" / "model-00002-of-00007.safetensors"
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif damage == "truncate":
+        shard.write_bytes(data[:-7])
+    elif damage == "delete":
+        shard.unlink()
+    else:
+        journal = tmp_path / "cut.partial" / "journal.jsonl"
+        journal.write_text(journal.read_text()[:-40])
+    quantize(pycode, tmp_path / "cut")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+def test_resume_with_other_settings_is_refused_and_names_both(pycode: Path, tmp_path: Path) -> None:
+    cut_after(pycode, tmp_path / "out", 2)
+    with pytest.raises(OutputError, match=r"recipe = .*int4:g32.* now recipe = .*int8:g32.*--overwrite"):
+        quantize(pycode, tmp_path / "out", "int8:g32")
+    with pytest.raises(OutputError, match="seed = 0, now seed = 1"):
+        quantize(pycode, tmp_path / "out", seed=1)
+
+
+def test_two_runs_on_one_folder_are_refused(pycode: Path, tmp_path: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        with pytest.raises(OutputError, match="another run is writing here"):
+            quantize(pycode, tmp_path / "out")
+        raise Cut
+
+    prepared = pipeline.prepare(pipeline.Job(str(pycode), Recipe.uniform("int4:g32"), None), tmp_path / "out")
+    with pytest.raises(Cut):
+        pipeline.quantize(prepared, tmp_path / "out", progress=progress)
+
+
+def test_rules_give_each_matrix_its_own(pycode: Path, tmp_path: Path) -> None:
+    rules = (
+        Rule("*.layers.0.*", None),
+        Rule("*.down_proj", "int8:channel"),
+        Rule("*.mlp.*", "int3:g64:asym", options={"clip": "mse"}),
+        Rule("*", "int4:g128"),
+    )
+    recipe = Recipe(rules)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    manifest = quantize(pycode, tmp_path / "out", recipe)
+    given = {tensor["name"]: tensor["format"] for tensor in manifest["tensors"]}
+    assert given["model.layers.1.mlp.down_proj"] == "int8:channel:bf16"
+    assert given["model.layers.5.mlp.up_proj"] == "int3:g64:asym:bf16"
+    assert given["model.layers.3.self_attn.q_proj"] == "int4:g128:bf16"
+    assert len(manifest["kept_dense"]) == 7
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+        expected = dense_twin(pycode, tmp_path / "out").float()(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)  # the twin's weights are rounded to bfloat16
+
+
+def test_rules_that_cannot_hold_are_refused_before_work(pycode: Path, tmp_path: Path) -> None:
+    cases = {
+        "matches no module": Recipe((Rule("*.nothing", "int4:g32"), Rule("*", "int4:g32"))),
+        "solver 'magic' is unknown": Recipe((Rule("*", "int4:g32", solver="magic"),)),
+        "format 'int44' is unknown": Recipe.uniform("int44"),
+        r"q_proj \(128, 128\): group 256 is larger": Recipe.uniform("int4:g256"),
+        "nothing is left to quantize": Recipe.uniform("int4:g32", skip=("*",)),
+    }
+    for message, recipe in cases.items():
+        with pytest.raises(PlanError, match=message):
+            quantize(pycode, tmp_path / "out", recipe)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reported_errors_are_those_of_the_stored_weights(pycode: Path, tmp_path: Path) -> None:
+    manifest = quantize(pycode, tmp_path / "out", "int3:g64")
+    original = load_file(pycode / "model.safetensors")
+    twin = dense_twin(pycode, tmp_path / "out").state_dict()
+    for tensor in manifest["tensors"][:7]:
+        w = original[tensor["key"]].double()
+        error = (twin[tensor["key"]].double() - w).norm() / w.norm()
+        assert tensor["error"] == pytest.approx(error.item(), rel=0.01)
+
+
+def test_what_is_not_quantized_is_copied_bit_by_bit(pycode: Path, tmp_path: Path) -> None:
+    quantize(pycode, tmp_path / "out")
+    original = load_file(pycode / "model.safetensors")
+    found: dict[str, Tensor] = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(shard)
+    dense = [name for name in original if not name.endswith("_proj.weight")]
+    assert len(dense) == 1 + 2 * 6 + 1
+    assert all(torch.equal(found[name], original[name]) and found[name].dtype == original[name].dtype for name in dense)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (pycode / "tokenizer.json").read_bytes()
+
+
+def test_calibrated_importance_lowers_the_output_error(pycode: Path, held_out: Path, tmp_path: Path) -> None:
+    """The same grid search, with and without weighing by what the inputs are."""
+    shown = pipeline.Calibration(str(held_out), samples=8, length=128, batch=4)
+    weighed = quantize(pycode, tmp_path / "weighed", "int3:g64", calibration=shown)
+    rules = Recipe((Rule("*", "int3:g64", options={"clip": "minmax"}),))
+    plain = quantize(pycode, tmp_path / "plain", rules, calibration=shown)
+    mean = [sum(t["output_error"] for t in manifest["tensors"]) / 42 for manifest in (weighed, plain)]
+    assert mean[0] < 0.9 * mean[1]
+    assert all(tensor["tokens"] == 8 * 128 for tensor in weighed["tensors"])
