@@ -344,9 +344,9 @@ class StreamedModel:
         if problems:
             unknown = [key for key in self.checkpoint.names() if key not in self._parameter_of]
             raise CheckpointError(
-                f"{self.checkpoint.folder} does not hold what {type(self.model).__name__} needs:\n  "
-                + "\n  ".join(_shortened(problems))
-                + (f"\nThe model does not know: {', '.join(_shortened(unknown))}" if unknown else "")
+                f"{self.checkpoint.folder} does not hold what {type(self.model).__name__} needs: "
+                + "; ".join(_shortened(problems))
+                + (f"; the model does not know {', '.join(_shortened(unknown))}" if unknown else "")
             )
 
     def _load(self, keys: list[str]) -> Any:
@@ -502,5 +502,5 @@ def _no_progress_bar() -> Iterator[None]:
         set_tqdm_hook(previous)
 
 
-def _shortened(lines: list[str], most: int = 10) -> list[str]:
+def _shortened(lines: list[str], most: int = 5) -> list[str]:
     return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more"]

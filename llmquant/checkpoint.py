@@ -226,8 +226,11 @@ class OutputFolder:
         lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):  # cut in the middle of a line
             lines.pop()
-        if lines:
+        if len(lines) > 1:  # something was finished
             self._check_settings(json.loads(lines[0]))
+        elif lines and json.loads(lines[0]) != json.loads(json.dumps(self.settings)):
+            lines = []
+            (self.partial / CALIBRATION).unlink(missing_ok=True)
         kept = lines[:1]
         for line in lines[1:]:
             record = json.loads(line)

@@ -171,13 +171,14 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         table.add_row(row.target.name, f"{shape[0]}x{shape[1]}", row.format.spec, f"{bits:.3f}", row.kernel)
     out.print(table)
     for kept in plan.kept:
-        out.print(f"kept dense: {kept.name}: {kept.reason}", highlight=False, markup=False)
+        out.print(f"kept dense: {kept.name}: {kept.reason}", highlight=False, markup=False, soft_wrap=True)
     out.print(
         f"\nsize {_size(plan.bytes_before)} -> {_size(plan.bytes_after)} "
         f"({plan.bytes_before / plan.bytes_after:.2f}x), {plan.bits_per_weight:.3f} bits per quantized weight\n"
         f"peak memory about {_size(plan.peak_memory)}, disk {_size(plan.bytes_after)}, "
         f"time about {_duration(plan.seconds)}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -197,12 +198,13 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         table.add_row(tensor["name"], tensor["format"], f"{tensor.get(measure, 0.0):.4f}")
     out.print(table)
     for kept in manifest["kept_dense"]:
-        out.print(f"kept dense: {kept['name']}: {kept['reason']}", highlight=False, markup=False)
+        out.print(f"kept dense: {kept['name']}: {kept['reason']}", highlight=False, markup=False, soft_wrap=True)
     before, after = summary["bytes_before"], summary["bytes_after"]
     out.print(
         f"\n{summary['output']}: {_size(before)} -> {_size(after)} ({before / after:.2f}x), "
         f"{summary['bits_per_weight']:.3f} bits per quantized weight, {_duration(summary['seconds'])}",
         highlight=False,
+        soft_wrap=True,
     )
     if "evaluation" in summary:
         _print_divergence(summary["evaluation"])
@@ -331,6 +333,7 @@ def inspect(
         f"\n{facts['model']}: {_size(before)} -> {_size(after)}, {facts['bits_per_weight']:.3f} bits per quantized weight"
         + (f"; {len(facts['files'])} files and {len(facts['tensors'])} tensors verified" if verify else ""),
         highlight=False,
+        soft_wrap=True,
     )
 
 

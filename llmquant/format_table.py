@@ -10,7 +10,7 @@ from torch import Tensor
 import llmquant_kernels
 from llmquant import formats
 
-SHAPE = (256, 4096)
+SHAPE = (64, 4096)
 SPECS = [
     *(f"int{bits}:{rest}" for bits in (2, 3, 4) for rest in ("g32", "g64", "g128", "g64:asym")),
     *(f"int{bits}:g128" for bits in (5, 6, 7, 8)),

@@ -14,8 +14,9 @@ would go on with random numbers.
 from __future__ import annotations
 
 import copy
+import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,9 @@ from llmquant.errors import CheckpointError, PlanError, VerificationError
 from llmquant.formats import Format, TensorSpec
 from llmquant.linear import QuantLinear
 from llmquant.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHOD = "llmquant"
 REMEDY = "the checkpoint is damaged or incomplete: copy it again, or quantize the model again"
@@ -88,10 +92,9 @@ class LlmquantQuantizer(HfQuantizer):
             layer.weight = _initialized()
         self._stored = read_headers(checkpoint_files or [])
         self._expected = {name: _spec(tensor) for name, tensor in model.state_dict().items()}
-        for name, layer in quantized_layers(model).items():
-            for suffix, _ in layer.named_buffers():
-                if (stored := _find(model, f"{name}.{suffix}", self._stored)) is not None:
-                    _check_spec(f"{name}.{suffix}", stored, self._expected[f"{name}.{suffix}"])
+        for name in _quantized_tensors(model):
+            if (stored := _find(model, name, self._stored)) is not None:
+                _check_spec(name, stored, self._expected[name])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Raises VerificationError unless all of the model came from the files, and is what belongs there."""
@@ -118,8 +121,8 @@ def register() -> None:
         register_quantizer(METHOD)(LlmquantQuantizer)
 
 
-def load(model: str | Any, **kwargs: Any) -> Any:
-    """The quantized model in a folder (or of a hub id), in eval mode.
+def load(model: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """The quantized model in a folder, or of a hub id, in eval mode.
 
     kwargs: as AutoModelForCausalLM.from_pretrained takes them, such as device_map and dtype.
     Raises CheckpointError where there is no llmquant model, VerificationError where the model is incomplete.
@@ -151,6 +154,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+def _quantized_tensors(model: nn.Module) -> list[str]:
+    return [
+        f"{name}.{suffix}" for name, layer in quantized_layers(model).items() for suffix, _ in layer.named_buffers()
+    ]
+
+
 # ---- before loading
 
 
@@ -172,19 +181,22 @@ def swap(model: Any, modules: dict[str, Format]) -> None:
                 f"config.json: {listed} is listed as {fmt.spec}, but the model shares its weight with another layer: "
                 'set "tie_word_embeddings" to false'
             )
-        old = present[name]
-        if isinstance(old, nn.Linear):
-            inputs, outputs = old.in_features, old.out_features
-        elif isinstance(old, Conv1D):
-            inputs, outputs = old.nx, old.nf
-        else:
-            raise CheckpointError(f"config.json: {listed} is a {type(old).__name__}, which {fmt.spec} cannot stand for")
-        with torch.device("meta"):
-            try:
-                new = QuantLinear(fmt, inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
-            except PlanError as error:
-                raise CheckpointError(f"config.json: {listed} cannot be {fmt.spec}: {error}") from error
-        model.set_submodule(name, new)
+        try:
+            model.set_submodule(name, _counterpart(present[name], fmt))
+        except PlanError as error:
+            raise CheckpointError(f"config.json: {listed} cannot be {fmt.spec}: {error}") from error
+
+
+def _counterpart(old: nn.Module, fmt: Format) -> QuantLinear:
+    """Raises PlanError where there is none."""
+    if isinstance(old, nn.Linear):
+        inputs, outputs = old.in_features, old.out_features
+    elif isinstance(old, Conv1D):
+        inputs, outputs = old.nx, old.nf
+    else:
+        raise PlanError(f"it is a {type(old).__name__}, no linear layer")
+    with torch.device("meta"):
+        return QuantLinear(fmt, inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
 
 
 def _aliases(model: Any, name: str) -> tuple[str, str, str]:
@@ -247,7 +259,7 @@ def _check_spec(name: str, found: TensorSpec, expected: TensorSpec) -> None:
 
 def settle_types(model: Any, expected: Specs, stored: Specs) -> None:
     """Give each tensor in memory the type that the skeleton had, where transformers casts too much or too little."""
-    quantized = {f"{name}.{suffix}" for name, layer in quantized_layers(model).items() for suffix in layer._buffers}
+    quantized = _quantized_tensors(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         wanted = expected[name].dtype
         if tensor.is_meta or tensor.dtype == wanted or not tensor.is_floating_point():
@@ -266,9 +278,10 @@ def verify(model: Any, expected: Specs, stored: Specs) -> None:
 
     Raises VerificationError, naming the tensor: one missing from the files, of another shape or type, or not finite.
     """
-    tensors = model.state_dict(keep_vars=True)
-    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in model._keys_to_ignore_on_load_missing or ["(?!)"]))
-    missing = [n for n, t in tensors.items() if not (_was_read(model, n, t, stored) or ignored.search(n))]
+    tensors, quantized = model.state_dict(keep_vars=True), _quantized_tensors(model)
+    missing = [name for name, tensor in tensors.items() if not _was_read(model, name, tensor, stored)]
+    for pattern in model._keys_to_ignore_on_load_missing or ():
+        missing = [name for name in missing if name in quantized or not re.search(pattern, name)]
     if missing:
         where = model.name_or_path if stored else "the tensors given"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

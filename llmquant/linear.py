@@ -45,7 +45,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's type."""
-        return llmquant_kernels.linear(x, self._prepared_for(x.dtype), self.bias)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)  # they differ under autocast
+        return llmquant_kernels.linear(x, self._prepared_for(x.dtype), bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) that the stored one stands for."""

@@ -380,7 +380,7 @@ def test_quant_linear() -> None:
 
 def test_what_was_prepared_goes_when_the_weight_changes() -> None:
     layer, other = quant_linear(bias=False), quant_linear(bias=False)
-    other.weight_packed.bitwise_not_()
+    other.get_buffer("weight_packed").bitwise_not_()
     x = torch.randn(3, 72)
     before: Tensor = layer(x)
     for assign in (False, True):
@@ -391,6 +391,14 @@ def test_what_was_prepared_goes_when_the_weight_changes() -> None:
     layer.keep_decoded = True
     torch.testing.assert_close(layer(x), before)
     assert list(layer._prepared) == [torch.float32]
+
+
+def test_autocast() -> None:
+    layer, x = quant_linear(), torch.randn(3, 72)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.1)
 
 
 def test_inference_mode_leaves_nothing_that_training_cannot_use() -> None:
@@ -479,6 +487,22 @@ def test_scales_of_another_type_are_not_cast_in_silence(dtype: torch.dtype, dama
     assert_refused(damaged(change), f"{name} is", dtype=dtype)
 
 
+def test_what_may_be_missing(llama: Folders, damaged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may say that some tensors are not in its files, yet never those of a quantized layer."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"norm\.weight", "weight_scale"])
+    name = f"{LAYER}.weight_scale"
+
+    def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        del tensors["model.norm.weight"], tensors[name]
+
+    assert_refused(damaged(change), f"{name}: not found")
+
+
+def test_tensor_parallelism_is_refused(llama: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_tp_size", 2)
+    assert_refused(llama.quantized, "tensor parallelism", PlanError)
+
+
 def test_a_dense_tensor_of_another_shape(damaged: Callable[..., Path]) -> None:
     """Newer releases of transformers refuse it themselves, the older take it."""
     name = "model.norm.weight"
@@ -510,8 +534,12 @@ CONFIGS: dict[str, tuple[Any, str, type[LlmquantError]]] = {
         "layers.7.mlp.up_proj is quantized",
         CheckpointError,
     ),
-    "embeddings": ({"int4:g32": ["model.embed_tokens"]}, "model.embed_tokens is a Embedding", CheckpointError),
-    "block": ({"int4:g32": ["model.layers.0"]}, "model.layers.0 is a LlamaDecoderLayer", CheckpointError),
+    "embeddings": (
+        {"int4:g32": ["model.embed_tokens"]},
+        "model.embed_tokens cannot be .* a Embedding",
+        CheckpointError,
+    ),
+    "block": ({"int4:g32": ["model.layers.0"]}, "layers.0 cannot be .* LlamaDecoderLayer", CheckpointError),
     "twice": ({"int4:g32": [LAYER], "int8:channel": [LAYER]}, "down_proj is listed twice", CheckpointError),
     "unknown format": ({"int9:g32": [LAYER]}, "'int9:g32' is unknown", PlanError),
     "large group": ({"int4:g256": [LAYER]}, "down_proj cannot be int4:g256: group 256", CheckpointError),

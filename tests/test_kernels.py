@@ -163,6 +163,37 @@ def test_decode_rounds_once(case: Case) -> None:
         assert torch.equal(kernels.decode(weight, dtype), kernels.decode(weight, F32).to(dtype))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.scale != F32 and not case.offset], ids=str)
+def test_backends_decode_to_the_same_bits(case: Case) -> None:
+    """With 16-bit scales every product is exact in float32, so there is only one right answer."""
+    weight, _ = draw(case)
+    for dtype in (BF16, F16, F32):
+        prepared = kernels.prepare(weight, dtype=dtype, keep_decoded=True)
+        assert torch.equal(prepared.decoded, kernels.decode(weight, dtype))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, (64, 1024), 32, "tensor"),
+        Case(4, (64, 1024), 32, 3, scale=BF16),
+        Case(4, (64, 1024), 128, 0, offset=True, scale=F32),
+        Case(2, (64, 1024), 128, 1),
+        Case(6, (64, 1024), 32, 32),
+        Case(8, (64, 1024), 32, "tensor"),
+        Case(8, (64, 1024), 1024, 128),
+    ],
+    ids=str,
+)
+def test_activations_that_add_up_shared_errors(case: Case, positive: bool) -> None:
+    weight, exact = draw(case)
+    x = torch.rand(8, 1024) if positive else (torch.rand(8, 32) - 0.5).repeat_interleave(32, dim=1)
+    x = x.to(BF16)
+    allowed = 2 * rms(functional.linear(x, exact.to(BF16)).double() - x.double() @ exact.t())
+    assert rms(kernels.linear(x, kernels.prepare(weight, dtype=BF16)).double() - x.double() @ exact.t()) <= allowed
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_decode_is_exact_where_float32_is(bits: int) -> None:
     case = Case(bits, (9, 77), 16, "tensor")

@@ -20,18 +20,18 @@ _int4_pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _int4_linear = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _int8_linear = torch.ops.aten._weight_int8pack_mm.default
 
-# Rows of x up to which an operator for few rows beats decoding and a dense product, in milliseconds of one thread on an
-# Intel Xeon with AMX, torch 2.13, weight 4096x4096, groups of 128 (int8: one scale per row). The operators take time in
-# proportion to rows, decoding hardly does: the ratio, not the machine, sets the crossing.
-#     rows               1      4      8     16     32     40     48
-#     int4            0.83   1.69   3.26   6.65  13.11  16.38  19.70    decoding 14.7 to 16.5
-#     int8            0.92   1.64   3.18   6.53  13.18  16.48  19.37    decoding 11.4 to 13.0
-#     two int4        1.79   3.37   6.58  13.07  26.44  32.82  39.87    decoding 12.0 to 14.0
-#     dense bfloat16  2.3    2.3    2.3    2.3    3.1    4.2    3.5
+# Rows of x up to which an operator for few rows beats decoding followed by a dense product. Milliseconds of one thread
+# on an Intel Xeon with AMX, torch 2.13, weight 4096x4096, groups of 128 (int8: one scale per row):
+#     rows               1      4      8     16     28     32     36     40
+#     int4            0.88   1.65   3.32   6.54  11.57  13.18  14.70  16.20    decoding 12.6 to 15.4
+#     int8            0.95   1.75   3.29   6.54  11.62  13.46  15.12  16.51    decoding 11.9 to 14.2
+#     a pair of int4  1.78   3.34   6.76  13.46  23.33  26.55  29.94  33.37    decoding 12.7 to 14.3
+#     dense bfloat16   2.5    2.5    2.3    2.5    3.0    3.3    4.1    4.4
+# The operators go by four rows at a time, hence multiples of four.
 ROWS_INT4 = 36
 ROWS_INT8 = 28
-ROWS_PAIR = 14
-# The same against a decoded weight that is kept, the last line.
+ROWS_PAIR = 12
+# The same against a decoded weight that is kept: the last line.
 ROWS_INT4_KEPT = ROWS_INT8_KEPT = 4
 ROWS_PAIR_KEPT = 1
 # Weights decoded at a time. Fewer stay in a smaller cache but pay for more calls: 2**18 takes a third longer in all.
@@ -188,11 +188,10 @@ class FewRows(CpuDecode):
 class CpuInt4(FewRows):
     """Codes of up to 4 bits by torch's int4 operator, which computes ``(q - 8) * s + z`` with s and z in bfloat16.
 
-    Rounding a float16 scale costs no more than a dense bfloat16 weight loses by the rounding of its elements. Rounding
-    z would, as the columns of a group share that error: what it loses is added from the sums of x over each group.
+    Rounding a float16 scale costs no more than a dense bfloat16 weight loses by the rounding of its elements. z needs no
+    rounding where the codes can be moved to put their zero in the middle: with less than 4 bits, or a zero of 8.
 
-    Holds the PackedWeight and a copy of the codes at 4 bits, with 32 bits for each group of at most 256, or 48 where z
-    had to be rounded.
+    Holds the PackedWeight and a copy of the codes at 4 bits, with 32 bits for each group of at most 256.
     """
 
     name = "cpu_int4"
@@ -204,8 +203,7 @@ class CpuInt4(FewRows):
         self.group = _int4_group(weight.shape[1], weight.group)
         codes, zero = _centred(weight, 4)
         self.codes = _int4_pack(codes, 1)
-        scale, shift, self.rest = _int4_grid(weight, codes, zero, self.group, 8)
-        self.grid = torch.stack([scale, shift], dim=-1)
+        self.grid = torch.stack(_int4_grid(weight, codes, zero, self.group, 8), dim=-1)
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
@@ -220,8 +218,7 @@ class CpuInt4(FewRows):
         return None
 
     def few(self, x: Tensor) -> Tensor:
-        y = _int4_linear(x, self.codes, self.group, self.grid)
-        return y if self.rest is None else y.addmm_(x.view(len(x), -1, self.group).sum(-1), self.rest)
+        return _int4_linear(x, self.codes, self.group, self.grid)
 
 
 class CpuInt8(FewRows):
@@ -262,8 +259,7 @@ class CpuInt8(FewRows):
 class CpuInt4Pair(CpuInt4):
     """Codes of 5 to 8 bits with a scale per group as two weights of the int4 operator: ``q = 16 * high + low``.
 
-    Holds the PackedWeight and a copy of the codes at 8 bits, with 64 bits for each group of at most 256, or 80 where z
-    had to be rounded.
+    Holds the PackedWeight and a copy of the codes at 8 bits, with 64 bits for each group of at most 256.
     """
 
     name = "cpu_int4_pair"
@@ -276,7 +272,7 @@ class CpuInt4Pair(CpuInt4):
         codes, zero = _centred(weight, 8)
         self.codes, self.high = _int4_pack(codes & 15, 1), _int4_pack(codes >> 4, 1)
         # (q - 136) * s + z == ((high - 8) * 16 * s + z) + (low - 8) * s: the second half, without z, rounds to small.
-        scale, shift, self.rest = _int4_grid(weight, codes, zero, self.group, 16 * 8 + 8)
+        scale, shift = _int4_grid(weight, codes, zero, self.group, 16 * 8 + 8)
         self.grid = torch.stack([scale, torch.zeros_like(shift)], dim=-1)
         self.high_grid = torch.stack([scale * 16, shift], dim=-1)
 
@@ -300,23 +296,21 @@ def _centred(weight: PackedWeight, bits: int) -> tuple[Tensor, Tensor]:
     return (unpack(weight.packed, weight.bits, weight.shape[1]) + move[:, columns]).int(), zero + move
 
 
-def _int4_grid(
-    weight: PackedWeight, codes: Tensor, zero: Tensor, group: int, centre: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """s and z of ``(q - centre) * s + z``, and what z lost by rounding or None: all (in / group, out) bfloat16.
+def _int4_grid(weight: PackedWeight, codes: Tensor, zero: Tensor, group: int, centre: int) -> tuple[Tensor, Tensor]:
+    """s and z of ``(q - centre) * s + z``, each (in / group, out) bfloat16.
 
-    A weight is off by ``(q - middle) * (s - scale)``. Where the weights of a group are not centred on 0, the middle is
-    their mean instead: an error of one sign would be added up by activations of one sign.
+    The rounding of s makes a weight wrong by ``(q - middle) * (s - scale)``. Where the weights of a group need not be
+    centred on 0, the middle is the mean of their codes: activations of one sign would add up an error of one sign.
     """
     columns = torch.arange(0, weight.shape[1], group) // weight.group
     rows = weight.shape[0]
     scale, zero = (grid.float().expand(rows, -1)[:, columns] for grid in (weight.scale, zero))
-    centred = isinstance(weight.zero, int) and weight.offset is None
-    middle = zero if centred else codes.view(rows, -1, group).float().mean(-1)
     rounded = scale.bfloat16().float()
-    shift = (centre - middle) * rounded + (middle - zero) * scale
+    if isinstance(weight.zero, int) and weight.offset is None:
+        shift = (centre - zero) * rounded
+    else:
+        middle = codes.view(rows, -1, group).float().mean(-1)
+        shift = (centre - middle) * rounded + (middle - zero) * scale
     if weight.offset is not None:
         shift = shift + weight.offset.float().expand(rows, -1)[:, columns]
-    rest = shift - shift.bfloat16().float()
-    rounded, shift, rest = (grid.t().bfloat16().contiguous() for grid in (rounded, shift, rest))
-    return rounded, shift, rest if rest.any() else None
+    return rounded.t().bfloat16().contiguous(), shift.t().bfloat16().contiguous()
