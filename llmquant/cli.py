@@ -267,12 +267,15 @@ def _divergence(
     tokenizer = text.load_tokenizer(folder, trust_remote_code)
     stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol or "documents")
     loaded = _load(folder, dtype, trust_remote_code)
-    windows = text.windows(stream, window or text.window_length(loaded.config))[:max_windows]
+    windows = text.windows(stream, text.window_length(loaded.config, window))[:max_windows]
+    vocabulary = text.vocabulary_size(tokenizer)
     with _progress_bar(False) as progress:
         if reference is None:
-            return metrics.perplexity(loaded, windows, progress=partial(progress, "evaluate")).to_dict()
+            found = metrics.perplexity(loaded, windows, vocabulary=vocabulary, progress=partial(progress, "evaluate"))
+            return found.to_dict()
         original = _load(locate(reference), dtype, trust_remote_code)
-        return metrics.divergence(original, loaded, windows, progress=partial(progress, "evaluate")).to_dict()
+        report = partial(progress, "evaluate")
+        return metrics.divergence(original, loaded, windows, vocabulary=vocabulary, progress=report).to_dict()
 
 
 def _load(folder: Path, dtype: str, trust_remote_code: bool) -> Any:

@@ -94,7 +94,7 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
     calibration = job.calibration
     length = 0
     if calibration is not None:
-        length = calibration.length or min(512, text.window_length(model.config))
+        length = text.window_length(model.config, calibration.length or min(512, text.window_length(model.config)))
     tokens = 0 if calibration is None else calibration.samples * length
     return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
 

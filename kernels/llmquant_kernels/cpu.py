@@ -1,6 +1,6 @@
-"""CPU backends: torch's small-batch operators where they apply, otherwise decoding in blocks of rows.
+"""CPU backends: torch's operators for few rows of x where they apply, otherwise decoding in blocks of rows.
 
-All of it is inference: the operators have no derivative.
+For inference: the operators have no derivative.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ class FewRows(CpuDecode):
 class CpuInt4(FewRows):
     """Codes of up to 4 bits by torch's int4 operator, which computes ``(q - 8) * s + z`` with s and z in bfloat16.
 
-    Rounding a float16 scale costs no more than a dense bfloat16 weight loses by the rounding of its elements. z needs no
-    rounding where the codes can be moved to put their zero in the middle: with less than 4 bits, or a zero of 8.
+    Rounding a float16 scale costs no more than a dense bfloat16 weight loses by the rounding of its elements. z needs
+    no rounding where the codes can be moved to put their zero in the middle: with less than 4 bits, or a zero of 8.
 
     Holds the PackedWeight and a copy of the codes at 4 bits, with 32 bits for each group of at most 256.
     """
@@ -290,10 +290,11 @@ def _centred(weight: PackedWeight, bits: int) -> tuple[Tensor, Tensor]:
 
     In the middle a zero costs the operators nothing; elsewhere it becomes a z, which they round.
     """
-    zero = weight.zero.int() if isinstance(weight.zero, Tensor) else torch.full((1, weight.groups), weight.zero)
+    zero = weight.zero if isinstance(weight.zero, Tensor) else torch.tensor([[weight.zero]]).expand(1, weight.groups)
+    zero = zero.int()
     move = (2 ** (bits - 1) - zero).clamp(0, 2**bits - 2**weight.bits)
     columns = torch.arange(weight.shape[1]) // weight.group
-    return (unpack(weight.packed, weight.bits, weight.shape[1]) + move[:, columns]).int(), zero + move
+    return unpack(weight.packed, weight.bits, weight.shape[1]) + move[:, columns], zero + move
 
 
 def _int4_grid(weight: PackedWeight, codes: Tensor, zero: Tensor, group: int, centre: int) -> tuple[Tensor, Tensor]:

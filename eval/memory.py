@@ -1,0 +1,60 @@
+"""Peak memory of a command and all its children, in total and without the pages of files.
+
+    python eval/memory.py -- llmquant quantize MODEL --output OUT --quality fast
+
+Pages of files (mapped weights) count into the total but can be dropped at any time; anonymous memory cannot. Linux
+only: reads /proc every 10 ms, so that shorter peaks may be missed. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import psutil
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    command = parser.parse_args().command
+    command = command[1:] if command[:1] == ["--"] else command
+    if not command:
+        parser.error("give a command after --")
+    start = time.monotonic()
+    process = subprocess.Popen(command)
+    total = anonymous = 0
+    while process.poll() is None:
+        sizes = [_memory(child) for child in _family(process.pid)]
+        total = max(total, sum(size[0] for size in sizes))
+        anonymous = max(anonymous, sum(size[1] for size in sizes))
+        time.sleep(0.01)
+    seconds = time.monotonic() - start
+    print(f"peak {total / 2**30:.2f} GiB, anonymous {anonymous / 2**30:.2f} GiB, {seconds:.1f} s")
+    print(json.dumps({"peak_bytes": total, "anonymous_bytes": anonymous, "seconds": round(seconds, 2)}))
+    sys.exit(process.returncode)
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        parent = psutil.Process(pid)
+        return [pid, *(child.pid for child in parent.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    """(resident, anonymous) bytes of one process; zeros if it is gone."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            facts = dict(line.split(":", 1) for line in file)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    return tuple(int(facts[key].split()[0]) * 1024 if key in facts else 0 for key in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Rules of the code base that no single file can hold: what may import what, and what must never appear."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "llmquant").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+SOURCES = [*PACKAGE, *KERNELS, *sorted((ROOT / "eval").rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at the top or inside a function; relative ones as names of their own package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            yield "." * node.level + base
+            yield from (f"{'.' * node.level}{base}.{alias.name}" for alias in node.names)
+
+
+def test_folders_of_scripts_and_kernels_are_no_packages() -> None:
+    """transformers imports a distribution named `kernels`: a package of that name at the root would hide it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "eval" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_import_torch_and_triton_only(path: Path) -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "llmquant_kernels", ""}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+
+
+# Room -> the rooms of llmquant it must not know. Loading a model never imports what quantizes one.
+WRITING = ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "blocks", "cli"]
+FORBIDDEN = {
+    "errors": ["*"],
+    "formats": [*WRITING, "checkpoint", "hf", "linear", "text", "metrics"],
+    "stats": [*WRITING[3:], "solvers", "calibration", "formats", "hf", "linear"],
+    "solvers": ["calibration", "pipeline", "plan", "recipe", "blocks", "cli", "checkpoint", "hf", "linear"],
+    "checkpoint": [*WRITING, "hf", "linear", "formats", "metrics"],
+    "blocks": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
+    "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
+    "linear": [*WRITING, "hf", "checkpoint"],
+    "hf": WRITING,
+    "metrics": [*WRITING, "hf", "linear"],
+    "text": [*WRITING, "hf", "linear", "formats"],
+    "inspection": WRITING,
+    "plan": ["pipeline", "calibration", "cli", "hf", "linear"],
+    "recipe": ["pipeline", "plan", "calibration", "blocks", "cli", "hf", "linear"],
+    "pipeline": ["cli", "hf", "linear"],
+}
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_imports_run_one_way(room: str) -> None:
+    place = ROOT / "llmquant" / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    known = {name.split(".")[1] for path in files for name in imports(path) if name.startswith("llmquant.")}
+    known.discard(room)
+    forbidden = known if FORBIDDEN[room] == ["*"] else known & set(FORBIDDEN[room])
+    assert not forbidden
+
+
+def test_every_room_has_its_rule() -> None:
+    rooms = {path.relative_to(ROOT / "llmquant").parts[0].removesuffix(".py") for path in PACKAGE}
+    assert rooms - set(FORBIDDEN) == {"__init__", "cli", "format_table", "version"}
+
+
+def test_only_one_room_touches_the_private_loading_api() -> None:
+    private = ("transformers.core_model_loading", "transformers.conversion_mapping")
+    users = {path.name for path in SOURCES if any(name.startswith(private) for name in imports(path))}
+    assert users == {"blocks.py"}
+
+
+def test_nothing_unpickles() -> None:
+    for path in SOURCES:
+        assert not {"pickle", "cloudpickle", "dill", "joblib", "shelve"} & {name.split(".")[0] for name in imports(path)}
+        assert "torch.load(" not in path.read_text()
+
+
+def test_nothing_prints_below_the_command_line_and_the_scripts() -> None:
+    for path in [*PACKAGE, *KERNELS]:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        prints = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+        assert not prints or path.name == "cli.py"
+
+
+def test_importing_is_light_and_loading_needs_no_solver(pycode: Path) -> None:
+    """In a process of its own: what is imported, and when."""
+    code = f"""
+import sys
+import llmquant
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+import llmquant.hf
+writing = {[f"llmquant.{room}" for room in WRITING]}
+assert not [name for name in writing if name in sys.modules], sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:llmquant", "-c", code], check=True, timeout=120)
+
+
+def test_the_bundled_model_is_small_and_its_matrices_divide_by_128(pycode: Path) -> None:
+    from safetensors import safe_open
+
+    assert sum(path.stat().st_size for path in pycode.glob("*.safetensors")) <= 3_000_000
+    with safe_open(pycode / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dictionary)
+            assert file.get_slice(name).get_dtype() == "BF16"
+            assert all(size % 128 == 0 for size in file.get_slice(name).get_shape())
