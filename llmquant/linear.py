@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's type."""
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)  # they differ under autocast
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)  # autocast changes x alone
         return llmquant_kernels.linear(x, self._prepared_for(x.dtype), bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -394,9 +394,10 @@ def test_what_was_prepared_goes_when_the_weight_changes() -> None:
     assert list(layer._prepared) == [torch.float32]
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inputs_of_another_type_than_the_bias(autocast: bool) -> None:
     layer, x = quant_linear(), torch.randn(3, 72)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y = layer(x.bfloat16())
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.1)

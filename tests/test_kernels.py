@@ -194,6 +194,27 @@ def test_activations_that_add_up_shared_errors(case: Case, positive: bool) -> No
     assert rms(kernels.linear(x, kernels.prepare(weight, dtype=BF16)).double() - x.double() @ exact.t()) <= allowed
 
 
+@pytest.mark.parametrize("mean", [0, 1, 10])
+@pytest.mark.parametrize("group", [64, 1024])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_centred_weights_and_uncentred_activations(bits: int, symmetric: bool, group: int, mean: int) -> None:
+    """As in a model: the results are small beside the sum of what goes in, and any error of one sign is not."""
+    w = torch.randn(64, 1024 // group, group, dtype=torch.float64)
+    high, low, top = w.amax(-1), w.amin(-1), 2**bits - 1
+    scale = ((w.abs().amax(-1) * 2 if symmetric else high - low) / top).half()
+    zeros = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
+    codes = ((w / scale[..., None]).round() + zeros[..., None]).clamp(0, top)
+    exact = ((codes - zeros[..., None]) * scale[..., None].double()).view(64, 1024)
+    packed = pack(codes.view(64, 1024).long().numpy(), bits, 0)
+    zero = 2 ** (bits - 1) if symmetric else zeros.to(torch.uint8)
+    prepared = kernels.prepare(PackedWeight(packed, bits, (64, 1024), group, scale, zero), dtype=BF16)
+    x = (torch.randn(12, 1024) + mean).to(BF16)
+    allowed = 2 * rms(functional.linear(x, exact.to(BF16)).double() - x.double() @ exact.t())
+    assert prepared.name in ("cpu_int4", "cpu_int4_pair", "cpu_int8")
+    assert rms(kernels.linear(x, prepared).double() - x.double() @ exact.t()) <= allowed
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_decode_is_exact_where_float32_is(bits: int) -> None:
     case = Case(bits, (9, 77), 16, "tensor")

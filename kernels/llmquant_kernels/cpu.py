@@ -201,9 +201,9 @@ class CpuInt4(FewRows):
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         super().__init__(weight, dtype, keep_decoded)
         self.group = _int4_group(weight.shape[1], weight.group)
-        codes, zero = _centred(weight, 4)
+        codes, zero = _moved(weight, 8, 15)
         self.codes = _int4_pack(codes, 1)
-        self.grid = torch.stack(_int4_grid(weight, codes, zero, self.group, 8), dim=-1)
+        self.grid = torch.stack(_int4_grid(weight, codes, zero, self.group, 8), dim=-1).bfloat16()
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
@@ -259,6 +259,9 @@ class CpuInt8(FewRows):
 class CpuInt4Pair(CpuInt4):
     """Codes of 5 to 8 bits with a scale per group as two weights of the int4 operator: ``q = 16 * high + low``.
 
+    Each has a z. Between them they centre both halves, for neither result to be large beside the sum, and the z of the
+    low half takes what the other lost by rounding: a group shares that error, and 8 bits are fine enough to feel it.
+
     Holds the PackedWeight and a copy of the codes at 8 bits, with 64 bits for each group of at most 256.
     """
 
@@ -269,12 +272,15 @@ class CpuInt4Pair(CpuInt4):
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         FewRows.__init__(self, weight, dtype, keep_decoded)
         self.group = _int4_group(weight.shape[1], weight.group)
-        codes, zero = _centred(weight, 8)
-        self.codes, self.high = _int4_pack(codes & 15, 1), _int4_pack(codes >> 4, 1)
-        # (q - 136) * s + z == ((high - 8) * 16 * s + z) + (low - 8) * s: the second half, without z, rounds to small.
-        scale, shift = _int4_grid(weight, codes, zero, self.group, 16 * 8 + 8)
-        self.grid = torch.stack([scale, torch.zeros_like(shift)], dim=-1)
-        self.high_grid = torch.stack([scale * 16, shift], dim=-1)
+        # q - 136 == 16 * (high - 8) + (low - 8)
+        codes, zero = _moved(weight, 136, 255)
+        low = codes & 15
+        self.codes, self.high = _int4_pack(low, 1), _int4_pack(codes >> 4, 1)
+        scale, shift = _int4_grid(weight, codes, zero, self.group, 136)
+        low_shift = (8 - _means(low, self.group)).t() * scale
+        high_shift = (shift - low_shift).bfloat16().float()
+        self.grid = torch.stack([scale, shift - high_shift], dim=-1).bfloat16()
+        self.high_grid = torch.stack([scale * 16, high_shift], dim=-1).bfloat16()
 
     def few(self, x: Tensor) -> Tensor:
         return super().few(x).add_(_int4_linear(x, self.high, self.group, self.high_grid))
@@ -285,33 +291,35 @@ def _int4_group(columns: int, group: int) -> int:
     return next((g for g in (256, 128, 64, 32) if columns % g == 0 and (group % g == 0 or group >= columns)), 0)
 
 
-def _centred(weight: PackedWeight, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) int32 and zeros (out or 1, groups), moved together within `bits` to bring zeros near its middle.
+def _moved(weight: PackedWeight, centre: int, top: int) -> tuple[Tensor, Tensor]:
+    """Codes (out, in) and zeros (out or 1, groups), int32, moved together so that zeros come near to `centre`.
 
-    In the middle a zero costs the operators nothing; elsewhere it becomes a z, which they round.
+    As far as codes stay within 0 and `top`. A zero at the centre needs no z, which would be rounded.
     """
     zero = weight.zero if isinstance(weight.zero, Tensor) else torch.tensor([[weight.zero]]).expand(1, weight.groups)
     zero = zero.int()
-    move = (2 ** (bits - 1) - zero).clamp(0, 2**bits - 2**weight.bits)
+    move = (centre - zero).clamp(0, top + 1 - 2**weight.bits)
     columns = torch.arange(weight.shape[1]) // weight.group
     return unpack(weight.packed, weight.bits, weight.shape[1]) + move[:, columns], zero + move
 
 
 def _int4_grid(weight: PackedWeight, codes: Tensor, zero: Tensor, group: int, centre: int) -> tuple[Tensor, Tensor]:
-    """s and z of ``(q - centre) * s + z``, each (in / group, out) bfloat16.
+    """s and z of ``(q - centre) * s + z``, each (in / group, out) float32, s a bfloat16 in value.
 
-    The rounding of s makes a weight wrong by ``(q - middle) * (s - scale)``. Where the weights of a group need not be
-    centred on 0, the middle is the mean of their codes: activations of one sign would add up an error of one sign.
+    The rounding of s makes a weight wrong by ``(q - middle) * (s - scale)``. The middle is the mean of a group's codes:
+    otherwise activations of one sign would add up an error of one sign.
     """
     columns = torch.arange(0, weight.shape[1], group) // weight.group
     rows = weight.shape[0]
     scale, zero = (grid.float().expand(rows, -1)[:, columns] for grid in (weight.scale, zero))
     rounded = scale.bfloat16().float()
-    if isinstance(weight.zero, int) and weight.offset is None:
-        shift = (centre - zero) * rounded
-    else:
-        middle = codes.view(rows, -1, group).float().mean(-1)
-        shift = (centre - middle) * rounded + (middle - zero) * scale
+    middle = _means(codes, group)
+    shift = (centre - middle) * rounded + (middle - zero) * scale
     if weight.offset is not None:
         shift = shift + weight.offset.float().expand(rows, -1)[:, columns]
-    return rounded.t().bfloat16().contiguous(), shift.t().bfloat16().contiguous()
+    return rounded.t(), shift.t()
+
+
+def _means(codes: Tensor, group: int) -> Tensor:
+    """The mean of each group of `group` codes, (out, in / group) float32."""
+    return codes.view(codes.shape[0], -1, group).float().mean(-1)
