@@ -3,7 +3,7 @@
     python eval/memory.py -- llmquant quantize MODEL --output OUT --quality fast
 
 Pages of files (mapped weights) count into the total but can be dropped at any time; anonymous memory cannot. Linux
-only: reads /proc every 10 ms, so that shorter peaks may be missed. The last line of stdout is one JSON object.
+only: reads /proc every 50 ms, so that shorter peaks may be missed. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
         sizes = [_memory(child) for child in _family(process.pid)]
         total = max(total, sum(size[0] for size in sizes))
         anonymous = max(anonymous, sum(size[1] for size in sizes))
-        time.sleep(0.01)
+        time.sleep(0.05)
     seconds = time.monotonic() - start
     print(f"peak {total / 2**30:.2f} GiB, anonymous {anonymous / 2**30:.2f} GiB, {seconds:.1f} s")
     print(json.dumps({"peak_bytes": total, "anonymous_bytes": anonymous, "seconds": round(seconds, 2)}))

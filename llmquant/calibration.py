@@ -131,7 +131,7 @@ def stages(model: StreamedModel, block: int, module: nn.Module, streams: Streams
 
 @dataclass
 class WeightSwap:
-    """The original and the quantized weights of one block, either of which can be in place. Starts with the originals."""
+    """The original and the quantized weights of one block, either of which can be in place."""
 
     pairs: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=dict)
 

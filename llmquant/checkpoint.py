@@ -105,9 +105,7 @@ class Checkpoint:
         try:
             return safe_open(path, "pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: truncated or not safetensors ({error}): download this file again"
-            ) from None
+            raise CheckpointError(f"{path}: truncated or not safetensors ({error}): download this file again") from None
 
     def _read_header(self, file: str, names: set[str]) -> None:
         with self._open(file) as shard:
@@ -354,7 +352,9 @@ def _read_back(path: Path, written: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     for name, tensor in written.items():
         if name not in found or not _same_bytes(found[name], tensor):
-            raise VerificationError(f"{path}: {name} reads back other than it was written: the disk is not to be trusted")
+            raise VerificationError(
+                f"{path}: {name} reads back other than it was written: the disk is not to be trusted"
+            )
     return found
 
 

@@ -38,7 +38,9 @@ INTERRUPTED = 130
 ModelArgument = Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or a hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
-TextOption = Annotated[str, typer.Option(help="Text to measure on: a text, JSON, JSONL or parquet file, or a dataset id.")]
+TextOption = Annotated[
+    str, typer.Option(help="Text to measure on: a text, JSON, JSONL or parquet file, or a dataset id.")
+]
 
 
 def main() -> None:
@@ -86,7 +88,9 @@ def quantize(
     asym: Annotated[bool, typer.Option("--asym/--sym", help="With a zero point, or without.")] = False,
     format: Annotated[str | None, typer.Option(help="A format by name instead, such as int4:g128:asym.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="JSON rules instead: what gets which format.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")
+    ] = None,
     quality: Annotated[
         str, typer.Option(help="balanced: searches with calibration; fast: reads weights only.")
     ] = "balanced",
@@ -99,8 +103,12 @@ def quantize(
     batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Type to calibrate in: float32, bfloat16, float16 [its own].")] = None,
-    text: Annotated[str | None, typer.Option("--eval", help="Measure perplexity and KL on this text at the end.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type to calibrate in: float32, bfloat16, float16 [its own].")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--eval", help="Measure perplexity and KL on this text at the end.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
     as_json: JsonOption = False,
@@ -333,7 +341,8 @@ def inspect(
     out.print(table)
     before, after = facts["bytes_before"], facts["bytes_after"]
     out.print(
-        f"\n{facts['model']}: {_size(before)} -> {_size(after)}, {facts['bits_per_weight']:.3f} bits per quantized weight"
+        f"\n{facts['model']}: {_size(before)} -> {_size(after)}, "
+        f"{facts['bits_per_weight']:.3f} bits per quantized weight"
         + (f"; {len(facts['files'])} files and {len(facts['tensors'])} tensors verified" if verify else ""),
         highlight=False,
         soft_wrap=True,
@@ -352,11 +361,19 @@ def formats(as_json: JsonOption = False) -> None:
     table = Table("format", "bits/weight", "SQNR normal, dB", "SQNR Student-t5, dB", "CPU kernel (bfloat16)", box=None)
     for row in rows:
         table.add_row(
-            row["format"], f"{row['bits_per_weight']:.3f}", f"{row['normal']:.1f}", f"{row['student_t5']:.1f}", row["kernel"]
+            row["format"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['normal']:.1f}",
+            f"{row['student_t5']:.1f}",
+            row["kernel"],
         )
     out.print(table)
-    out.print("\nNames: int<2-8> : g<columns> | channel | tensor : sym_full | sym | sym_gptq | asym | asym_float : fp16 |")
-    out.print("bf16 | fp32 (type of the scale), as in int3:g64:asym. What is left out is g128, sym_full, the model's type.")
+    out.print(
+        "\nNames: int<2-8> : g<columns> | channel | tensor : sym_full | sym | sym_gptq | asym | asym_float : fp16 |"
+    )
+    out.print(
+        "bf16 | fp32 (type of the scale), as in int3:g64:asym. What is left out is g128, sym_full, the model's type."
+    )
 
 
 if __name__ == "__main__":

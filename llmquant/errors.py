@@ -1,11 +1,11 @@
 """Every error a user can meet, one tree. Each carries the exit code with which the command line ends.
 
     LlmquantError
-    ├── CheckpointError      3  the model given cannot be read: not a checkpoint, pickles only, truncated, missing pieces
+    ├── CheckpointError      3  the model cannot be read: not a checkpoint, pickles only, truncated, missing pieces
     │   └── NonFiniteInput   3  a weight holds NaN or Inf
-    ├── PlanError            4  the request cannot be carried out: unknown format, group larger than the row, unknown model
+    ├── PlanError            4  the request cannot be met: unknown format or model, group larger than the row
     │   └── ScaleOverflow    4  a scale does not fit its stored type
-    ├── OutputError          5  the output folder cannot be used: not writable, disk full, something else's, other settings
+    ├── OutputError          5  the output folder cannot be used: not writable, full, something else's
     ├── DataError            6  calibration or evaluation text cannot be used: empty, too short, unreadable
     └── VerificationError    7  what was read back is not what was written, or a loaded folder is incomplete
 

@@ -100,7 +100,9 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
 
 
 @torch.no_grad()
-def quantize(prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def quantize(
+    prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
     """Carry out the plan, or what is left of it from a run that was cut. Returns the manifest.
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
@@ -284,7 +286,7 @@ def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _check_result(result: Result, read: dict[str, Tensor]) -> dict[str, Any]:
-    """Decode what was read back; it must be what the solver meant. The errors reported are those of the bytes on disk."""
+    """Decode what was read back; it must be what was solved. The errors reported are those of the bytes on disk."""
     row, solution = result.row, result.solution
     codes, grid = row.format.unpack(_stored(row, read), row.target.shape)
     if not torch.equal(codes, solution.codes.cpu()) or not torch.equal(grid.scale, solution.grid.scale.cpu()):

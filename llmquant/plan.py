@@ -168,7 +168,7 @@ def _row(
 
 
 def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, ...], tokens: int) -> int:
-    """Of the parts that are not pages of files: float32 copies of the largest matrix, one block's result, statistics."""
+    """What are not pages of files: float32 copies of the largest matrix, one block's result, statistics."""
     largest = max(row.weights for row in rows)
     of_blocks = [[row for row in rows if row.block == block] for block in range(len(model.block_names))]
     packed = max(sum(row.nbytes for row in block) for block in of_blocks)

@@ -51,7 +51,7 @@ class Recipe:
             return cls(tuple(Rule(**rule) for rule in rules))
         except TypeError as error:
             raise PlanError(
-                f"not a recipe ({error}): it is a list of rules with pattern, format and, optionally, solver and options"
+                f"not a recipe ({error}): it is a list of rules with pattern, format and perhaps solver and options"
             ) from None
 
     def to_json(self) -> list[dict[str, Any]]:

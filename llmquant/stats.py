@@ -46,7 +46,7 @@ class Stats:
         )
 
     def importance(self) -> Tensor:
-        """Mean square of every input (in,). Inputs that were never active weigh a millionth of the mean, not nothing."""
+        """Mean square of every input (in,). Inputs never active weigh a millionth of the mean."""
         squares = self.hessian.diagonal() / max(1, self.tokens)
         return squares.clamp_min((1e-6 * squares.mean()).clamp_min(torch.finfo(torch.float32).tiny))
 

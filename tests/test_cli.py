@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmquant import checkpoint, cli, errors
 from safetensors.torch import load_file, save_file
+
+from llmquant import checkpoint, cli, errors
 
 FAST = ["--quality", "fast", "--group", "32"]
 Run = Callable[..., tuple[int, str, str]]
@@ -69,9 +70,13 @@ def truncate(model: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1000])
 
 
-def only_pickles(model: Path) -> None:
+def no_weights(model: Path) -> None:
     for path in model.glob("*.safetensors*"):
         path.unlink()
+
+
+def only_pickles(model: Path) -> None:
+    no_weights(model)
     (model / "pytorch_model.bin").write_bytes(b"never read")
 
 
@@ -102,20 +107,32 @@ def poison(name: str, value: float) -> Callable[[Path], None]:
     return damage
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], int, str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "not a checkpoint": (lambda m: (m / "config.json").unlink(), 3, "not a checkpoint: it has no config.json"),
     "config is no JSON": (lambda m: (m / "config.json").write_text("{"), 3, "config.json"),
     "pickles only": (only_pickles, 3, "only pickled weights (pytorch_model.bin)"),
-    "no weights": (lambda m: [p.unlink() for p in m.glob("*.safetensors*")], 3, "no weights"),
+    "no weights": (no_weights, 3, "no weights"),
     "truncated shard": (truncate, 3, "truncated"),
     "missing shard": (lambda m: first_shard(m).unlink(), 3, "this shard is missing"),
     "index names absent tensors": (promise_more, 3, "the index promises model.layers.0.self_attn.ghost.weight"),
     "index is no JSON": (lambda m: (m / checkpoint.INDEX).write_text("[]"), 3, "not an index of shards"),
     "tensor missing": (forget_one, 3, "model.layers.3.mlp.up_proj.weight"),
-    "NaN in a weight": (poison("model.layers.2.mlp.up_proj.weight", float("nan")), 3, "layers.2.mlp.up_proj.weight: nan"),
-    "Inf in a weight": (poison("model.layers.4.mlp.up_proj.weight", float("inf")), 3, "layers.4.mlp.up_proj.weight: inf"),
+    "NaN in a weight": (
+        poison("model.layers.2.mlp.up_proj.weight", float("nan")),
+        3,
+        "layers.2.mlp.up_proj.weight: nan",
+    ),
+    "Inf in a weight": (
+        poison("model.layers.4.mlp.up_proj.weight", float("inf")),
+        3,
+        "layers.4.mlp.up_proj.weight: inf",
+    ),
     "NaN in a norm": (poison("model.norm.weight", float("nan")), 3, "model.norm.weight: holds NaN"),
-    "unknown architecture": (lambda m: config(m, model_type="martian", architectures=["MartianForCausalLM"]), 4, "martian"),
+    "unknown architecture": (
+        lambda m: config(m, model_type="martian", architectures=["MartianForCausalLM"]),
+        4,
+        "martian",
+    ),
     "quantized already": (lambda m: config(m, quantization_config={"quant_method": "gptq"}), 4, "gptq"),
 }
 
@@ -213,7 +230,7 @@ def test_disk_that_fills_up_during_the_run_leaves_it_resumable(
         calls.append(arguments)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(*arguments, **options)  # type: ignore[arg-type]
+        real(*arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_file", save)
     code, _, said = run("quantize", pycode, *FAST, "--output", tmp_path / "out")

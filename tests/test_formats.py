@@ -1,4 +1,4 @@
-"""The integer family and the bit streams, against exact rationals, brute force, hand-worked bytes and planted answers."""
+"""The integer family and the bit streams, against exact rationals, brute force, bytes by hand and planted answers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from llmquant import formats
 from llmquant.errors import LlmquantError, NonFiniteInput, PlanError, ScaleOverflow
 from llmquant.formats.integer import CONVENTIONS, Integer
 from llmquant.formats.packing import pack_bits, pack_words, unpack_bits, unpack_words
-from torch import Tensor
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -87,7 +88,12 @@ def test_published_integer_case(case: dict) -> None:
 @pytest.mark.parametrize("case", published("granularity"), ids=lambda case: case["id"])
 def test_published_granularity_case(case: dict) -> None:
     w = torch.tensor(case["input"])
-    granularities = {"per_tensor": "tensor", "per_channel": "channel", "group2_rows": 2, "group": 3}
+    granularities: dict[str, int | str] = {
+        "per_tensor": "tensor",
+        "per_channel": "channel",
+        "group2_rows": 2,
+        "group": 3,
+    }
     fmt = Integer(8, granularities[case["params"]["granularity"]], "sym", torch.float32)
     codes, grid = fmt.quantize(w, clip="minmax")
     assert codes.flatten().tolist() == case["expect"]["codes"]

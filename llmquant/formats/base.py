@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from llmquant_kernels import PackedWeight
 from torch import Tensor
 
 from llmquant.errors import NonFiniteInput
+from llmquant.formats.parallel import over_rows
+from llmquant_kernels import PackedWeight
 
+# visit calls it with rows, columns, columns a group, scale and zero.
+Visitor = Callable[[slice, slice, int, Tensor, Tensor | None], None]
 Granularity = int | str  # columns that share a scale, or "channel" (one scale per row), or "tensor" (one for all)
 
 
@@ -49,14 +52,7 @@ class Grid:
         zero = None if self.zero is None else self.zero[:, first:last]
         return Grid(self.scale[:, first:last], zero, self.group, start - first * self.group)
 
-    def rows(self, start: int, stop: int) -> Grid:
-        """The grid of rows [start, stop) alone; a view."""
-        if self.scale.shape[0] == 1:
-            return self
-        zero = None if self.zero is None else self.zero[start:stop]
-        return Grid(self.scale[start:stop], zero, self.group, self.start)
-
-    def segments(self, columns: int) -> Iterator[tuple[slice, slice, int]]:
+    def runs(self, columns: int) -> Iterator[tuple[slice, slice, int]]:
         """Cut `columns` columns into at most three runs of equally long groups: (columns, groups, columns a group)."""
         column, group = 0, 0
         while column < columns:
@@ -64,6 +60,22 @@ class Grid:
             count = max(1, (columns - column) // self.group) if width == self.group else 1
             yield slice(column, column + count * width), slice(group, group + count), width
             column, group = column + count * width, group + count
+
+    def visit(self, shape: tuple[int, int], work: Visitor) -> None:
+        """Call work(rows, columns, width, scale, zero) for every run of groups of a matrix (out, columns).
+
+        `matrix[rows, columns].unflatten(1, (-1, width))` is (rows, groups, width), and scale and zero are views that
+        broadcast against it. Pieces of rows are worked on in parallel.
+        """
+
+        def piece(start: int, stop: int) -> None:
+            rows = slice(start, stop)
+            own = slice(0, 1) if self.scale.shape[0] == 1 else rows
+            for columns, groups, width in self.runs(shape[1]):
+                zero = None if self.zero is None else self.zero[own, groups, None]
+                work(rows, columns, width, self.scale[own, groups, None], zero)
+
+        over_rows(piece, shape, self.scale.device)
 
 
 class Format(ABC):

@@ -21,7 +21,7 @@ def minmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def percentile(x: Tensor, fraction: float = 0.999) -> tuple[Tensor, Tensor]:
-    """The central `fraction` quantiles at both ends, interpolated. Of use per tensor and channel; groups are too small."""
+    """The central `fraction` quantiles at both ends, interpolated. Groups are too small for it."""
     ordered = x.sort(dim=-1).values
     last = x.shape[-1] - 1
     return _interpolated(ordered, (1 - fraction) * last), _interpolated(ordered, fraction * last)

@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from llmquant_kernels import PackedWeight
 from torch import Tensor
 
 from llmquant.errors import PlanError, ScaleOverflow
 from llmquant.formats import clipping, packing
 from llmquant.formats.base import Format, Granularity, Grid, TensorSpec, check_finite
-from llmquant.formats.parallel import over_rows
+from llmquant_kernels import PackedWeight
 
 CONVENTIONS = ("sym_full", "sym", "sym_gptq", "asym", "asym_float")
 CLIP_MODES = ("search", "minmax", "percentile", "mse", "kl")
@@ -123,6 +122,7 @@ class Integer(Format):
     def _steps(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Codes as float32, in a fresh tensor. scale and zero broadcast against x."""
         if self.convention == "asym_float":
+            assert zero is not None
             return (x - zero).div_(scale).round_().clamp_(0, self._highest)
         steps = (x / scale).round_()
         if zero is not None:
@@ -156,19 +156,18 @@ class Integer(Format):
             return Grid(self._checked(scale), zero, columns)
         group = columns if self.granularity == "channel" else int(self.granularity)
         empty = partial(torch.empty, rows, -(-columns // group), device=w.device)
-        scale, zero = empty(), None if self._signed else empty()
+        grid = Grid(empty(), None if self._signed else empty(), group)
 
-        def piece(start: int, stop: int) -> None:
-            for cut, groups, width in Grid(scale, None, group).segments(columns):
-                x = w[start:stop, cut].unflatten(1, (-1, width))
-                weights = None if importance is None else importance[cut].view(1, -1, width)
-                found, found_zero = self._fit_groups(x, weights, clip, norm)
-                scale[start:stop, groups] = found
-                if zero is not None and found_zero is not None:
-                    zero[start:stop, groups] = found_zero
+        def run(rows: slice, columns: slice, width: int, scale: Tensor, zero: Tensor | None) -> None:
+            weights = None if importance is None else importance[columns].view(1, -1, width)
+            found = self._fit_groups(w[rows, columns].unflatten(1, (-1, width)), weights, clip, norm)
+            scale.squeeze(-1).copy_(found[0])
+            if zero is not None and found[1] is not None:
+                zero.squeeze(-1).copy_(found[1])
 
-        over_rows(piece, rows, columns, w.device)
-        return Grid(self._checked(scale), zero, group)
+        grid.visit((rows, columns), run)
+        self._checked(grid.scale)
+        return grid
 
     def _checked(self, scale: Tensor) -> Tensor:
         if not torch.isfinite(scale).all():
@@ -266,27 +265,21 @@ class Integer(Format):
         """int8 for the signed conventions, else uint8."""
         codes = torch.empty(w.shape, dtype=torch.int8 if self._signed else torch.uint8, device=w.device)
 
-        def piece(start: int, stop: int) -> None:
-            rows = grid.rows(start, stop)
-            for cut, groups, width in rows.segments(w.shape[1]):
-                zero = None if rows.zero is None else rows.zero[:, groups, None]
-                steps = self._steps(w[start:stop, cut].unflatten(1, (-1, width)), rows.scale[:, groups, None], zero)
-                codes[start:stop, cut] = steps.flatten(1).to(codes.dtype)
+        def run(rows: slice, columns: slice, width: int, scale: Tensor, zero: Tensor | None) -> None:
+            steps = self._steps(w[rows, columns].unflatten(1, (-1, width)), scale, zero)
+            codes[rows, columns] = steps.flatten(1).to(codes.dtype)
 
-        over_rows(piece, *w.shape, w.device)
+        grid.visit((w.shape[0], w.shape[1]), run)
         return codes
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         w = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
-        def piece(start: int, stop: int) -> None:
-            rows = grid.rows(start, stop)
-            for cut, groups, width in rows.segments(codes.shape[1]):
-                zero = None if rows.zero is None else rows.zero[:, groups, None]
-                steps = codes[start:stop, cut].float().unflatten(1, (-1, width))
-                w[start:stop, cut] = self._values(steps, rows.scale[:, groups, None], zero).flatten(1)
+        def run(rows: slice, columns: slice, width: int, scale: Tensor, zero: Tensor | None) -> None:
+            steps = codes[rows, columns].float().unflatten(1, (-1, width))
+            w[rows, columns] = self._values(steps, scale, zero).flatten(1)
 
-        over_rows(piece, *codes.shape, codes.device)
+        grid.visit((codes.shape[0], codes.shape[1]), run)
         return w
 
     # ---- the file

@@ -1,7 +1,7 @@
 """Dense bit streams: codes of 1 to 8 bits, least significant bit first, each row on its own.
 
 Code i of a row occupies bits [i * bits, (i + 1) * bits) of the row's stream, and the row is padded with zero bits to a
-whole byte or word. Read as little-endian int32 words these are the bytes that compressed-tensors calls `pack-quantized`.
+whole byte or word. As little-endian int32 words these are the bytes that compressed-tensors calls `pack-quantized`.
 
 >>> pack_bits(torch.tensor([[3, 0, 5, 2, 7, 4, 1, 6, 3, 0, 5]], dtype=torch.uint8), 3)[0].tolist()
 [67, 117, 198, 67, 1]

@@ -12,11 +12,12 @@ import torch
 PIECE = 2**18
 
 
-def over_rows(work: Callable[[int, int], None], rows: int, columns: int, device: torch.device) -> None:
+def over_rows(work: Callable[[int, int], None], shape: tuple[int, int], device: torch.device) -> None:
     """Call work(start, stop) until all rows are done. On a GPU in one piece; on a CPU in pieces, one thread a core.
 
     The result cannot depend on the number of threads as long as `work` treats rows independently.
     """
+    rows, columns = shape
     if device.type != "cpu":
         return work(0, rows)
     step = max(1, PIECE // max(1, columns))

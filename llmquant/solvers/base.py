@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llmquant.formats import Format, Grid
+from llmquant.formats import Grid
 
 
 @dataclass(frozen=True)

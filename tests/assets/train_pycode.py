@@ -1,6 +1,6 @@
 """Train the bundled model: a small Llama that has read Python's standard library.
 
-The text is the `.py` files of the running interpreter's own standard library, so the script needs no network. Whole
+The text is the `.py` files of the interpreter's own standard library: the script needs no network. Whole
 packages (`HELD_OUT`) and everything named after them are kept out of training; `held_out_text` is what evaluation reads.
 
     python tests/assets/train_pycode.py --output tests/assets/pycode --steps 6000
@@ -25,7 +25,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HELD_OUT = ("email", "http", "html", "json", "logging", "xml", "wsgiref", "sqlite3")
 # Tables of data rather than code, copies of other projects, and what is not installed everywhere.
-LEFT_OUT = ("site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip", "lib2to3", "config-", "__phello__")
+LEFT_OUT = (
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+    "lib2to3",
+    "config-",
+    "__phello__",
+)
 BOS, EOS = "<|bos|>", "<|eos|>"
 VOCABULARY, WINDOW = 1536, 512
 MAX_FILE_BYTES = 200_000
@@ -156,7 +165,9 @@ def main() -> None:
     tokenizer = train_tokenizer(texts)
     stream, check = token_stream(tokenizer, texts), token_stream(tokenizer, documents(held_out=True))
     characters = sum(map(len, texts))
-    print(f"{len(texts)} files, {characters} characters, {len(stream)} tokens; held out {len(check)} tokens", flush=True)
+    print(
+        f"{len(texts)} files, {characters} characters, {len(stream)} tokens; held out {len(check)} tokens", flush=True
+    )
     model = build_model()
     train(model, stream, check, args)
 
