@@ -17,12 +17,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmquant import checkpoint as disk
 from llmquant import text
 from llmquant.blocks import StreamedModel, Target
 from llmquant.calibration import Streams, WeightSwap, stages
-from llmquant.checkpoint import Checkpoint, OutputFolder
+from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, VerificationError
+from llmquant.output import CALIBRATION, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
 from llmquant.solvers import SOLVERS, Solution
@@ -88,8 +88,8 @@ class Prepared:
 
 def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
     """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong."""
-    disk.check_usable(output, overwrite=overwrite)
-    checkpoint = Checkpoint(disk.locate(job.model))
+    check_usable(output, overwrite=overwrite)
+    checkpoint = Checkpoint(locate(job.model))
     model = StreamedModel(checkpoint, device=job.device, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     calibration = job.calibration
     length = 0
@@ -147,7 +147,7 @@ def _start_streams(prepared: Prepared, folder: OutputFolder, progress: Progress)
     calibration = prepared.job.calibration
     if calibration is None:
         return None
-    kept = folder.partial / disk.CALIBRATION
+    kept = folder.partial / CALIBRATION
     if kept.is_file():
         windows = load_file(kept)["tokens"]
     else:

@@ -14,9 +14,10 @@ import torch
 import llmquant_kernels
 from llmquant import formats
 from llmquant.blocks import StreamedModel, Target
-from llmquant.checkpoint import Checkpoint, free_bytes
+from llmquant.checkpoint import Checkpoint
 from llmquant.errors import OutputError, PlanError
 from llmquant.formats import Format
+from llmquant.output import free_bytes
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import SOLVERS
 

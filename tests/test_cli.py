@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmquant import checkpoint, cli, errors
+from llmquant import checkpoint, cli, errors, output
 
 FAST = ["--quality", "fast", "--group", "32"]
 Run = Callable[..., tuple[int, str, str]]
@@ -232,7 +232,7 @@ def test_disk_that_fills_up_during_the_run_leaves_it_resumable(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(output, "save_file", save)
     code, _, said = run("quantize", pycode, *FAST, "--output", tmp_path / "out")
     assert (code, "the disk is full" in said, "resumes" in said) == (5, True, True)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """Train the bundled model: a small Llama that has read Python's standard library.
 
 The text is the `.py` files of the interpreter's own standard library: the script needs no network. Whole
-packages (`HELD_OUT`) and everything named after them are kept out of training; `held_out_text` is what evaluation reads.
+packages (`HELD_OUT`) and all that is named after them are kept out of training: they are what evaluation reads.
 
     python tests/assets/train_pycode.py --output tests/assets/pycode --steps 6000
 
