@@ -198,12 +198,11 @@ def _check_room(prepared: Prepared) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one matrix: what is written, and what it is checked against."""
+    """What came of one matrix, and the figures that are noted of it."""
 
     row: Row
     solution: Solution
-    weight: Tensor  # (out, in), the original in the model's type
-    stats: Stats | None
+    report: dict[str, Any]
 
 
 def _solve_block(
@@ -241,11 +240,31 @@ def _submodule(prepared: Prepared, block: int, module: nn.Module, target: Target
 
 
 def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
+    """weight (out, in) in the model's type."""
+    w = weight.float()
     try:
-        solution = SOLVERS[row.rule.solver](weight.float(), stats, row.format, **row.rule.options)
+        solution = SOLVERS[row.rule.solver](w, stats, row.format, **row.rule.options)
     except LlmquantError as error:
         raise type(error)(f"{row.key}: {error}") from None
-    return Result(row, solution, weight, stats)
+    return Result(row, solution, _report(row, w, solution, stats))
+
+
+def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dict[str, Any]:
+    """Relative errors: of the weight and, where calibrated, of its outputs."""
+    error = row.format.decode(solution.codes, solution.grid).sub_(w)
+    report = {
+        "name": row.target.name,
+        "key": row.key,
+        "format": row.format.spec,
+        "shape": list(row.target.shape),
+        "bits_per_weight": row.format.bits_per_weight(row.target.shape),
+        "error": _ratio(error.square().sum(dtype=torch.float64).item(), w.square().sum(dtype=torch.float64).item()),
+        "loss": solution.loss,
+    }
+    if stats is not None:
+        report["output_error"] = _ratio(stats.output_energy(error), stats.output_energy(w))
+        report["tokens"], report["dropped"] = stats.tokens, stats.dropped
+    return report
 
 
 def _put(prepared: Prepared, block: int, module: nn.Module, swap: WeightSwap, row: Row, solution: Solution) -> None:
@@ -265,7 +284,9 @@ def _save_block(prepared: Prepared, folder: OutputFolder, block: int, shard: str
 
     def check(read: dict[str, Tensor]) -> dict[str, Any]:
         _check_dense({name: read[name] for name in dense})
-        return {"report": [_check_result(result, read) for result in results]}
+        for result in results:
+            _check_result(result, read)
+        return {"report": [result.report for result in results]}
 
     folder.write_shard(block, shard, tensors, check)
 
@@ -280,34 +301,24 @@ def _stored(row: Row, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:
     for name, tensor in read.items():
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            continue
+        total = tensor.sum(dtype=torch.float64)  # finite only if all are: one pass, no copy of an embedding
+        if not torch.isfinite(total) and not torch.isfinite(tensor).all():
             raise NonFiniteInput(f"{name}: holds NaN or Inf: the checkpoint is damaged")
     return {}
 
 
-def _check_result(result: Result, read: dict[str, Tensor]) -> dict[str, Any]:
-    """Decode what was read back; it must be what was solved. The errors reported are those of the bytes on disk."""
+def _check_result(result: Result, read: dict[str, Tensor]) -> None:
+    """What was read back must unpack to what was solved, bit for bit: so the errors noted are those of the file."""
     row, solution = result.row, result.solution
     codes, grid = row.format.unpack(_stored(row, read), row.target.shape)
-    if not torch.equal(codes, solution.codes.cpu()) or not torch.equal(grid.scale, solution.grid.scale.cpu()):
-        raise VerificationError(f"{row.key}: what was read back does not decode to what was solved: please report this")
-    w = result.weight.cpu().float()
-    error = row.format.decode(codes, grid).sub_(w)
-    report = {
-        "name": row.target.name,
-        "key": row.key,
-        "format": row.format.spec,
-        "shape": list(row.target.shape),
-        "bits_per_weight": row.format.bits_per_weight(row.target.shape),
-        "error": _ratio(error.square().sum(dtype=torch.float64).item(), w.square().sum(dtype=torch.float64).item()),
-        "loss": solution.loss,
-    }
-    if result.stats is not None:
-        stats = result.stats
-        report["tokens"], report["dropped"] = stats.tokens, stats.dropped
-        device = stats.hessian.device
-        report["output_error"] = _ratio(stats.output_energy(error.to(device)), stats.output_energy(w.to(device)))
-    return report
+    pairs = [(codes, solution.codes), (grid.scale, solution.grid.scale), (grid.zero, solution.grid.zero)]
+    for found, meant in pairs:
+        if (found is None) != (meant is None) or (
+            found is not None and meant is not None and not torch.equal(found, meant.cpu())
+        ):
+            raise VerificationError(f"{row.key}: what was read back is not what was solved: please report this")
 
 
 def _ratio(error: float, signal: float) -> float:

@@ -339,3 +339,35 @@ def test_all_zero_and_denormal_groups_become_zeros() -> None:
         codes, grid = Integer(4, 32, convention, torch.float16).quantize(w)
         assert (grid.scale == 1).all()
         assert (Integer(4, 32, convention, torch.float16).decode(codes, grid) == 0).all()
+
+
+# ---- what others read
+
+
+@pytest.mark.parametrize(
+    "spec", ["int4:g32", "int8:channel", "int3:g64", "int2:g32:sym", "int5:g32:sym_gptq", "int8:g32"]
+)
+def test_symmetric_integers_are_the_bytes_of_compressed_tensors(spec: str) -> None:
+    """Unpacked and dequantized by that package's own functions."""
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    fmt = formats.get(spec).stored_for(torch.bfloat16)
+    w = weights(24, 128, seed=10)
+    codes, grid = fmt.quantize(w)
+    named = fmt.pack(codes, grid)
+    assert isinstance(fmt, Integer)
+    theirs = helpers.unpack_from_int32(named["weight_packed"], fmt.bits, torch.Size(named["weight_shape"].tolist()))
+    scale = named["weight_scale"].float().repeat_interleave(128 // named["weight_scale"].shape[1], dim=1)
+    assert torch.equal(theirs.float() * scale, fmt.decode(codes, grid))
+
+
+@pytest.mark.parametrize("spec", ["int4:g32:asym", "int3:g64:asym", "int8:channel:asym"])
+def test_zero_points_are_packed_along_the_rows_as_in_compressed_tensors(spec: str) -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    fmt = formats.get(spec).stored_for(torch.bfloat16)
+    codes, grid = fmt.quantize(weights(24, 128, seed=11))
+    named = fmt.pack(codes, grid)
+    assert isinstance(fmt, Integer)
+    assert grid.zero is not None
+    shape = torch.Size(grid.zero.shape)
+    theirs = helpers.unpack_from_int32(named["weight_zero_point"], fmt.bits, shape, packed_dim=0)
+    assert torch.equal(theirs.float() + 2 ** (fmt.bits - 1), grid.zero)  # they count from the middle

@@ -71,29 +71,48 @@ def _coarsening_divergence(counts: Tensor, stop: int, levels: int) -> Tensor:
     return terms.sum(-1)
 
 
+Levels = Callable[[float | Tensor], tuple[Tensor, Tensor | None]]
+
+
 def search(
     x: Tensor,
     importance: Tensor | None,
-    candidates: list[Callable[[], tuple[Tensor, Tensor | None]]],
+    levels: Levels,
+    factors: list[float],
     error: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    *,
+    stride: int = 1,
     norm: float = 2.0,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The first (scale, zero) of the candidates with the least sum of importance * |error|**norm, for every group.
+    """Scale, zero and loss (rows, groups) of the factor with the least sum of importance * |error|**norm, by group.
 
-    error(x, scale, zero) -> a fresh tensor of x's shape. importance: broadcastable to x. A candidate that does not
-    fit its stored type is not finite and never wins. Returns scale, zero, loss (rows, groups).
+    levels(factor): scale and zero of the grid whose range is that many times the plain one; error(x, scale, zero): a
+    fresh tensor of x's shape. factors are evenly spaced. With a stride only every stride-th is tried, and then those
+    between the best and its neighbours. Of equals the plain range wins, then the first tried; what does not fit its
+    stored type never wins.
     """
-    best_scale, best_zero = candidates[0]()
-    best = weighted_loss(error(x, best_scale, best_zero), importance, norm)
-    for candidate in candidates[1:]:
-        scale, zero = candidate()
-        loss = weighted_loss(error(x, scale, zero), importance, norm)
-        better = loss < best
-        best = torch.where(better, loss, best)
-        best_scale = torch.where(better, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero, best
+    scale, zero = levels(1.0)
+    loss = weighted_loss(error(x, scale, zero), importance, norm)
+    factor = torch.ones_like(loss)
+
+    def consider(candidate: float | Tensor) -> None:
+        nonlocal scale, zero, loss, factor
+        new_scale, new_zero = levels(candidate)
+        new_loss = weighted_loss(error(x, new_scale, new_zero), importance, norm)
+        better = new_loss < loss
+        scale, loss = torch.where(better, new_scale, scale), torch.where(better, new_loss, loss)
+        factor = torch.where(better, candidate, factor)
+        if zero is not None and new_zero is not None:
+            zero = torch.where(better, new_zero, zero)
+
+    for candidate in factors[::stride]:
+        if candidate != 1.0:
+            consider(candidate)
+    coarse, step = factor, factors[1] - factors[0]
+    for offset in range(1, stride):
+        consider(coarse + offset * step)
+        consider(coarse - offset * step)
+    return scale, zero, loss
 
 
 def weighted_loss(error: Tensor, importance: Tensor | None, norm: float = 2.0) -> Tensor:

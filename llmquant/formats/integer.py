@@ -33,9 +33,11 @@ SCALE_NAMES = {dtype: name for name, dtype in SCALE_TYPES.items()}
 # Below this a stored scale is no longer a normal number (fp16: no longer any number) and the group is stored as zeros.
 SMALLEST_SCALE = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 
-# 1 first: among equals, where a group weighs nothing say, the plain range wins.
-SYMMETRIC_FACTORS = [1.0, *(i / 100 for i in range(40, 116) if i != 100)]
+SYMMETRIC_FACTORS = [i / 100 for i in range(40, 116)]
 ASYMMETRIC_FACTORS = [1 - i / 100 for i in range(80)]
+# Every fifth factor, then the eight around the best: 24 instead of 76 trials. On trained and on random weights the
+# squared error is at most 0.04 % above that of all of them at 2 to 4 bits, 0.4 % at 8.
+STRIDE = 5
 REFINEMENTS = 2
 
 
@@ -141,8 +143,8 @@ class Integer(Format):
     def fit(self, w: Tensor, importance: Tensor | None = None, *, clip: str = "search", norm: float = 2.0) -> Grid:
         """See Format.fit. clip: how far the grid reaches.
 
-        search      the factor of 0.40..1.15 (symmetric; both signs of the scale up to 3 bits) or 0.21..1.00 times the
-                    range that loses least, weighted by importance, then refined by weighted least squares
+        search      0.40..1.15 times the range (symmetric; both signs of the scale up to 3 bits) or 0.21..1.00 times,
+                    whichever loses least, weighted by importance, then refined by weighted least squares
         mse         the factor of 1.00, 0.99 .. 0.21 with the least sum of |error|**norm, unweighted (as in GPTQ)
         minmax      the whole range;  percentile: the central 99.9 %;  kl: the range nearest by KL of histograms
         """
@@ -188,42 +190,47 @@ class Integer(Format):
         if clip == "minmax":
             return self._levels(low, high)
         if clip == "mse":
-            candidates = [self._shrunk(low, high, factor) for factor in ASYMMETRIC_FACTORS]
-            return clipping.search(x, None, candidates, self._error, norm)[:2]
-        candidates = self._search_candidates(low, high)
-        scale, zero, loss = clipping.search(x, importance, candidates, self._error)
+            levels = self._stretched(low, high)
+            return clipping.search(x, None, levels, ASYMMETRIC_FACTORS, self._error, norm=norm)[:2]
+        found = [
+            clipping.search(x, importance, levels, factors, self._error, stride=STRIDE)
+            for levels, factors in self._searches(low, high)
+        ]
+        scale, zero, loss = found[0]
+        for other in found[1:]:
+            scale, zero, loss = _better(other, (scale, zero, loss))
         for _ in range(REFINEMENTS):
-            scale, zero, loss = self._refined(x, importance, scale, zero, loss)
+            scale, zero, loss = _better(self._refined(x, importance, scale, zero), (scale, zero, loss))
         return scale, zero
 
-    def _shrunk(self, low: Tensor, high: Tensor, factor: float) -> Callable[[], tuple[Tensor, Tensor | None]]:
-        if self.convention == "asym_float":  # the range need not hold zero: shrink it about its middle
-            middle, half = (low + high) / 2, (high - low) / 2
-            return lambda: self._levels(middle - factor * half, middle + factor * half)
-        return lambda: self._levels(factor * low, factor * high)
-
-    def _search_candidates(self, low: Tensor, high: Tensor) -> list[Callable[[], tuple[Tensor, Tensor | None]]]:
+    def _searches(self, low: Tensor, high: Tensor) -> list[tuple[clipping.Levels, list[float]]]:
+        """The families of grids that are searched for a range (rows, groups), and the factors to try."""
         if self.convention not in ("asym", "asym_float"):
-            signs = (1, -1) if self.convention == "sym_full" and self.bits <= 3 else (1,)
             scale, zero = self._levels(low, high)
-            return [
-                lambda signed=sign * factor: (self._store(signed * scale), zero)  # type: ignore[misc]
-                for sign in signs
-                for factor in SYMMETRIC_FACTORS
+            searches: list[tuple[clipping.Levels, list[float]]] = [
+                (lambda factor: (self._store(factor * scale), zero), SYMMETRIC_FACTORS)
             ]
-        candidates = [self._shrunk(low, high, factor) for factor in ASYMMETRIC_FACTORS]
-        if self.convention == "asym" and self.bits <= 2:  # with four codes the zero point is worth a search of its own
-            rounded = [self._levels_with_zero(low, high, f, r) for r in ("floor", "ceil") for f in ASYMMETRIC_FACTORS]
-            candidates += rounded
-        return candidates
+            if self.convention == "sym_full" and self.bits <= 3:  # few codes: which end has one more matters
+                searches.append((lambda factor: (self._store(-factor * scale), zero), SYMMETRIC_FACTORS))
+            return searches
+        searches = [(self._stretched(low, high), ASYMMETRIC_FACTORS)]
+        if self.convention == "asym" and self.bits <= 2:  # with four codes the zero point is worth trials of its own
+            searches += [(self._stretched(low, high, round), ASYMMETRIC_FACTORS) for round in (torch.floor, torch.ceil)]
+        return searches
 
-    def _levels_with_zero(
-        self, low: Tensor, high: Tensor, factor: float, rounding: str
-    ) -> Callable[[], tuple[Tensor, Tensor | None]]:
-        def levels() -> tuple[Tensor, Tensor | None]:
-            scale, _ = self._levels(factor * low, factor * high)
-            exact = factor * low.clamp(max=0).abs() / scale
-            return scale, getattr(torch, rounding)(exact).clamp(0, self._highest)
+    def _stretched(
+        self, low: Tensor, high: Tensor, rounding: Callable[[Tensor], Tensor] | None = None
+    ) -> clipping.Levels:
+        """factor -> the grid of the range times factor. rounding: another one for the zero point of `asym`."""
+
+        def levels(factor: float | Tensor) -> tuple[Tensor, Tensor | None]:
+            if self.convention == "asym_float":  # the range need not hold zero: stretch it about its middle
+                middle, half = (low + high) / 2, (high - low) / 2
+                return self._levels(middle - factor * half, middle + factor * half)
+            scale, zero = self._levels(factor * low, factor * high)
+            if rounding is not None:
+                zero = rounding(factor * low.clamp(max=0).abs() / scale).clamp(0, self._highest)
+            return scale, zero
 
         return levels
 
@@ -232,24 +239,19 @@ class Integer(Format):
         return self._values(self._steps(x, scale, zero), scale, zero).sub_(x)
 
     def _refined(
-        self, x: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor | None, loss: Tensor
+        self, x: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The least-squares scale (asym_float: scale and zero) for the codes as they are, kept where the loss drops."""
+        """The least-squares scale (asym_float: scale and zero) for the codes as they are, and its loss."""
         steps = self._steps(x, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1))
         h = torch.ones_like(x[:1, :1]) if importance is None else importance
-        new_zero = zero
         if self.convention == "asym_float":
-            new_scale, new_zero = self._regression(x, steps, h)
+            new_scale, zero = self._regression(x, steps, h)
         else:
             steps = steps if zero is None else steps.sub_(zero.unsqueeze(-1))
             weighted = steps * h
             new_scale = (weighted * x).sum(-1) / (weighted * steps).sum(-1)
         new_scale = self._store(torch.where(torch.isfinite(new_scale), new_scale, scale))
-        new_loss = clipping.weighted_loss(self._error(x, new_scale, new_zero), importance)
-        better = new_loss < loss
-        if zero is not None and new_zero is not None:
-            zero = torch.where(better, new_zero, zero)
-        return torch.where(better, new_scale, scale), zero, torch.where(better, new_loss, loss)
+        return new_scale, zero, clipping.weighted_loss(self._error(x, new_scale, zero), importance)
 
     def _regression(self, x: Tensor, steps: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted least squares of x on steps with an intercept, per group."""
@@ -363,6 +365,16 @@ class Integer(Format):
             zero, offset = 0, named["weight_zero_point"].view(-1, groups)
         group = self.granularity if isinstance(self.granularity, int) else shape[1]
         return PackedWeight(named["weight_packed"], self.bits, shape, group, scale, zero, offset)
+
+
+Found = tuple[Tensor, Tensor | None, Tensor]  # scale, zero, loss (rows, groups)
+
+
+def _better(new: Found, old: Found) -> Found:
+    """Group by group the one with less loss; the old where they are equal."""
+    better = new[2] < old[2]
+    zero = old[1] if old[1] is None or new[1] is None else torch.where(better, new[1], old[1])
+    return torch.where(better, new[0], old[0]), zero, torch.where(better, new[2], old[2])
 
 
 def parse(name: str, tokens: list[str]) -> Integer:

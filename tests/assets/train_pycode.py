@@ -3,9 +3,10 @@
 The text is the `.py` files of the interpreter's own standard library: the script needs no network. Whole
 packages (`HELD_OUT`) and all that is named after them are kept out of training: they are what evaluation reads.
 
-    python tests/assets/train_pycode.py --output tests/assets/pycode --steps 6000
+    python tests/assets/train_pycode.py --held-out held_out.json                    # write the evaluation text
+    python tests/assets/train_pycode.py --output tests/assets/pycode --autocast     # train; more than an hour
 
-The weights in `tests/assets/pycode` were made by this command; `training.json` beside them says with which versions.
+`training.json` beside the weights says with which arguments and versions they were made.
 """
 
 from __future__ import annotations
@@ -150,14 +151,18 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, check: torch.Tensor, ar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--held-out", type=Path, help="write the evaluation text there as a JSON list, and stop")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "pycode")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--autocast", action="store_true", help="bfloat16 forward (faster where the CPU has AMX)")
     args = parser.parse_args()
+    if args.held_out is not None:
+        args.held_out.write_text(json.dumps(documents(held_out=True)))
+        return
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
 
@@ -180,7 +185,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "arguments": {k: str(v) for k, v in vars(args).items() if k != "output"},
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("output", "held_out")},
         "training_tokens_in_corpus": len(stream),
         "held_out_packages": HELD_OUT,
         "held_out_tokens": len(check),
