@@ -22,6 +22,7 @@ from llmquant.blocks import StreamedModel, Target
 from llmquant.calibration import Streams, WeightSwap, stages
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, VerificationError
+from llmquant.formats.base import all_finite
 from llmquant.output import CALIBRATION, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
@@ -122,8 +123,8 @@ def quantize(
             if block in folder.records:
                 _restore(prepared, folder, block, module, swap)
             else:
-                results = _solve_block(prepared, block, module, streams, swap, step)
-                _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results)
+                name = shard(block + 1, blocks + 1)
+                _save_block(prepared, folder, block, name, _solve_block(prepared, block, module, streams, swap, step))
             if streams is not None and block + 1 < blocks:
                 streams.advance(block, swap)
             model.unload_block(block)
@@ -301,10 +302,7 @@ def _stored(row: Row, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:
     for name, tensor in read.items():
-        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-            continue
-        total = tensor.sum(dtype=torch.float64)  # finite only if all are: one pass, no copy of an embedding
-        if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not all_finite(tensor):
             raise NonFiniteInput(f"{name}: holds NaN or Inf: the checkpoint is damaged")
     return {}
 
