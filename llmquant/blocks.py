@@ -80,15 +80,9 @@ class Target:
         weight = module.get_parameter("weight")
         return weight.t() if self.transposed else weight
 
-    def write(self, module: nn.Module, matrix: Tensor) -> None:
-        """Put `matrix` (out, in), cast to the weight's dtype, in the place of the weight of `module`.
-
-        Raises ValueError where the shape is not the target's: copying would broadcast it.
-        """
-        if tuple(matrix.shape) != self.shape:
-            raise ValueError(f"{self.name}: the matrix is {tuple(matrix.shape)}, the weight is {self.shape} (out, in)")
-        with torch.no_grad():
-            self.matrix(module).copy_(matrix)
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) as the module stores its weight."""
+        return matrix.t().contiguous() if self.transposed else matrix
 
 
 class StreamedModel:

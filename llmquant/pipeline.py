@@ -27,7 +27,7 @@ from llmquant.output import CALIBRATION, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
 from llmquant.solvers import SOLVERS, Solution
-from llmquant.stats import Stats
+from llmquant.stats import Stats, energy
 from llmquant.version import __version__
 
 # progress(what is being done, units done, units in all)
@@ -252,27 +252,31 @@ def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
 
 def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dict[str, Any]:
     """Relative errors: of the weight and, where calibrated, of its outputs."""
-    error = row.format.decode(solution.codes, solution.grid).sub_(w)
-    report = {
+    report: dict[str, Any] = {
         "name": row.target.name,
         "key": row.key,
         "format": row.format.spec,
         "shape": list(row.target.shape),
         "bits_per_weight": row.format.bits_per_weight(row.target.shape),
-        "error": _ratio(error.square().sum(dtype=torch.float64).item(), w.square().sum(dtype=torch.float64).item()),
         "loss": solution.loss,
     }
-    if stats is not None:
-        report["output_error"] = _ratio(stats.output_energy(error), stats.output_energy(w))
-        report["tokens"], report["dropped"] = stats.tokens, stats.dropped
-    return report
+    if stats is None:
+        return {**report, "error": _ratio(solution.loss, energy(w))}
+    error = row.format.decode(solution.codes, solution.grid).sub_(w)
+    return {
+        **report,
+        "error": _ratio(energy(error), energy(w)),
+        "output_error": _ratio(solution.loss, stats.output_energy(w)),
+        "tokens": stats.tokens,
+        "dropped": stats.dropped,
+    }
 
 
 def _put(prepared: Prepared, block: int, module: nn.Module, swap: WeightSwap, row: Row, solution: Solution) -> None:
     decoded = row.format.decode(solution.codes, solution.grid).to(prepared.model.dtype)
     parameter = _submodule(prepared, block, module, row.target).weight
     assert isinstance(parameter, nn.Parameter)
-    swap.replace(row.target.name, parameter, decoded.T.contiguous() if row.target.transposed else decoded)
+    swap.replace(row.target.name, parameter, row.target.stored(decoded))
 
 
 def _save_block(prepared: Prepared, folder: OutputFolder, block: int, shard: str, results: list[Result]) -> None:

@@ -52,4 +52,9 @@ class Stats:
 
     def output_energy(self, w: Tensor) -> float:
         """Mean over tokens of |w x|^2 = tr(w H w^T) / tokens, for w (out, in)."""
-        return float(((w @ self.hessian) * w).sum(dtype=torch.float64) / max(1, self.tokens))
+        return float(torch.linalg.vecdot(w @ self.hessian, w).sum(dtype=torch.float64) / max(1, self.tokens))
+
+
+def energy(w: Tensor) -> float:
+    """|w|^2, the sum of the squares of w (out, in), by rows: no copy of w in another type."""
+    return float(torch.linalg.vecdot(w, w).sum(dtype=torch.float64))

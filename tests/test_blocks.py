@@ -283,7 +283,7 @@ def test_writing_does_not_reach_the_file_and_unloading_forgets_it(tmp_path: Path
     target = model.targets(0)["transformer.h.0.mlp.c_fc"]
     module = model.load_block(0).get_submodule("mlp.c_fc")
     original = target.matrix(module).clone()
-    target.write(module, torch.zeros(target.shape, dtype=torch.float64))
+    target.matrix(module).zero_()
     assert not target.matrix(module).any()
     assert (folder / "model.safetensors").read_bytes() == before
     model.load_block(0)
@@ -334,14 +334,10 @@ def test_targets_of_gpt2_are_transposed(tmp_path: Path) -> None:
     module = model.load_block(2).get_submodule("mlp.c_fc")
     assert target.matrix(module).shape == (128, 64)
     matrix = torch.arange(128 * 64.0).reshape(128, 64)
-    target.write(module, matrix)
+    module.get_parameter("weight").data = target.stored(matrix)
     assert torch.equal(target.matrix(module), matrix)
     x = torch.ones(1, 64)
     assert torch.allclose(module(x), x @ matrix.t() + module.get_parameter("bias"))
-    with pytest.raises(ValueError, match=r"c_fc.*\(64, 128\)"):
-        target.write(module, matrix.t())
-    with pytest.raises(ValueError, match="c_fc"):
-        target.write(module, torch.zeros(1, 64))
 
 
 @pytest.mark.parametrize("name", ALL)
