@@ -119,9 +119,12 @@ def quantize(
     A run that was cut is taken up again by the same command.
     """
     import torch
+    from transformers.utils import logging
 
     from llmquant import pipeline
     from llmquant.recipe import QUALITIES, Recipe
+
+    logging.disable_progress_bar()  # there is one of our own
 
     if quality not in QUALITIES:
         raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
@@ -138,6 +141,8 @@ def quantize(
     if dry_run:
         _print_plan(prepared.plan, as_json)
         return
+    # Before the work, so that a text that cannot be used is not found out after it.
+    evaluation = text and _evaluation_windows(model, text, "documents", None, None, trust_remote_code)
     start = time.monotonic()
     try:
         with _progress_bar(as_json) as progress:
@@ -146,8 +151,8 @@ def quantize(
         notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
         raise
     summary = _summary(manifest, folder, time.monotonic() - start)
-    if text is not None:
-        summary["evaluation"] = _divergence(str(folder), model, text, None, None, None, "float32", trust_remote_code)
+    if evaluation:
+        summary["evaluation"] = _measure(str(folder), model, *evaluation, "float32", trust_remote_code)
     _print_summary(summary, manifest, as_json)
 
 
@@ -172,7 +177,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan.to_json()))
         return
-    table = Table("tensor", "shape", "format", "bits/weight", "kernel", box=None)
+    table = Table("tensor", "shape", "format", "bits/weight", "kernel on CPU", box=None)
     for row in plan.rows:
         shape = row.target.shape
         bits = row.format.bits_per_weight(shape)
@@ -242,8 +247,8 @@ def evaluate(
     text: TextOption,
     reference: Annotated[str | None, typer.Option(help="The unquantized model: adds KL divergence.")] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="documents: a BOS before each; gptq: joined by blank lines. [documents]")
-    ] = None,
+        str, typer.Option(help="documents: a BOS before each; gptq: joined by blank lines.")
+    ] = "documents",
     window: Annotated[int | None, typer.Option(help="Tokens a window [2048, or the model's limit].")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Measure on the first windows only.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "float32",
@@ -251,56 +256,62 @@ def evaluate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Perplexity of MODEL on a text and, with --reference, how far its predictions moved (KL divergence, in nats)."""
-    found = _divergence(model, reference, text, protocol, window, max_windows, dtype, trust_remote_code)
+    prepared = _evaluation_windows(model, text, protocol, window, max_windows, trust_remote_code)
+    found = _measure(model, reference, *prepared, dtype, trust_remote_code)
     if as_json:
         print(json.dumps(found))
     else:
         _print_divergence(found)
 
 
-def _divergence(
-    model: str,
-    reference: str | None,
-    source: str,
-    protocol: str | None,
-    window: int | None,
-    max_windows: int | None,
-    dtype: str,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
-    from llmquant import metrics, text
-    from llmquant.checkpoint import locate
+def _evaluation_windows(
+    model: str, source: str, protocol: str, window: int | None, max_windows: int | None, trust_remote_code: bool
+) -> tuple[Any, int]:
+    """Tokens (windows, length) of a text, and how large the vocabulary really is."""
+    from transformers import AutoConfig
 
-    folder = locate(model)
+    from llmquant import text
+    from llmquant.checkpoint import Checkpoint, locate
+
+    folder = Checkpoint(locate(model)).folder
     tokenizer = text.load_tokenizer(folder, trust_remote_code)
-    stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol or "documents")
-    loaded = _load(folder, dtype, trust_remote_code)
-    windows = text.windows(stream, text.window_length(loaded.config, window))[:max_windows]
-    vocabulary = text.vocabulary_size(tokenizer)
+    stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol)
+    length = text.window_length(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), window)
+    return text.windows(stream, length)[:max_windows], text.vocabulary_size(tokenizer)
+
+
+def _measure(
+    model: str, reference: str | None, windows: Any, vocabulary: int, dtype: str, trust_remote_code: bool
+) -> dict[str, Any]:
+    from llmquant import metrics
+
+    loaded = _load(model, dtype, trust_remote_code)
     with _progress_bar(False) as progress:
-        if reference is None:
-            found = metrics.perplexity(loaded, windows, vocabulary=vocabulary, progress=partial(progress, "evaluate"))
-            return found.to_dict()
-        original = _load(locate(reference), dtype, trust_remote_code)
         report = partial(progress, "evaluate")
+        if reference is None:
+            return metrics.perplexity(loaded, windows, vocabulary=vocabulary, progress=report).to_dict()
+        original = _load(reference, dtype, trust_remote_code)
         return metrics.divergence(original, loaded, windows, vocabulary=vocabulary, progress=report).to_dict()
 
 
-def _load(folder: Path, dtype: str, trust_remote_code: bool) -> Any:
+def _load(model: str, dtype: str, trust_remote_code: bool) -> Any:
     import transformers
 
     import llmquant.hf  # noqa: F401  (registers the loader)
+    from llmquant.checkpoint import locate
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=_dtype(dtype), trust_remote_code=trust_remote_code
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        locate(model), dtype=_dtype(dtype), trust_remote_code=trust_remote_code
     )
-    return model.to(_default_device()).eval()
+    return loaded.to(_default_device()).eval()
 
 
 def _print_divergence(found: dict[str, Any]) -> None:
     table = Table("measure", "value", box=None, show_header=False)
-    for key, value in found.items():
+    flat = {key: value for key, value in found.items() if not isinstance(value, dict)}
+    flat |= {f"{side}_perplexity": found[side]["perplexity"] for side in ("model", "reference") if side in found}
+    for key, value in flat.items():
         if isinstance(value, int | float):
             table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.5g}")
     out.print(table)

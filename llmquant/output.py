@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmquant.checkpoint import INDEX, MANIFEST, sha256
@@ -131,6 +131,18 @@ class OutputFolder:
             self._lock.write(json.dumps(record) + "\n")
             self._sync_journal()
         self.records[part] = record
+
+    def calibration_tokens(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns; in a run that is taken up again, what it returned the first time."""
+        kept = self.partial / CALIBRATION
+        if kept.is_file():
+            return load_file(kept)["tokens"]
+        tokens, temporary = make(), kept.with_suffix(".tmp")
+        with _writing(self.partial):
+            save_file({"tokens": tokens}, temporary)
+            _sync(temporary)
+            temporary.rename(kept)
+        return tokens
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         temporary = self.partial / (name + ".tmp")

@@ -14,7 +14,7 @@ import psutil
 import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmquant import text
@@ -23,7 +23,7 @@ from llmquant.calibration import Streams, WeightSwap, stages
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, VerificationError
 from llmquant.formats.base import all_finite
-from llmquant.output import CALIBRATION, OutputFolder, check_usable
+from llmquant.output import OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
 from llmquant.solvers import SOLVERS, Solution
@@ -148,14 +148,7 @@ def _start_streams(prepared: Prepared, folder: OutputFolder, progress: Progress)
     calibration = prepared.job.calibration
     if calibration is None:
         return None
-    kept = folder.partial / CALIBRATION
-    if kept.is_file():
-        windows = load_file(kept)["tokens"]
-    else:
-        windows = _windows(prepared, calibration, progress)
-        temporary = kept.with_suffix(".tmp")
-        save_file({"tokens": windows}, temporary)
-        temporary.rename(kept)
+    windows = folder.calibration_tokens(lambda: _windows(prepared, calibration, progress))
     return Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
 
 

@@ -170,6 +170,7 @@ def test_bad_requests(run: Run, pycode: Path, tmp_path: Path) -> None:
         (["quantize", pycode, "--calibration", tmp_path / "none.txt", *out], 6, "none.txt"),
         (["quantize", tmp_path / "nowhere", *out], 3, "no such folder"),
         (["quantize", pycode, *FAST, "--recipe", tmp_path / "none.json", *out], 4, "none.json"),
+        (["quantize", pycode, *FAST, "--eval", short, *out], 6, "one window needs 512"),
         (["eval", pycode, "--text", empty], 6, str(empty)),
         (["eval", pycode, "--text", short], 6, "one window needs 512"),
         (["inspect", pycode], 3, "not a finished result"),
@@ -275,6 +276,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, pycode: Path, tmp_
     assert not list(tmp_path.iterdir())
     code, printed, _ = run("quantize", pycode, "--dry-run", "--output", out)
     assert "peak memory" in printed
+
+
+def test_evaluation_at_the_end_is_that_of_eval(run: Run, pycode: Path, held_out: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(json.loads(held_out.read_text())[:2]))
+    code, printed, _ = run("quantize", pycode, *FAST, "--output", tmp_path / "out", "--eval", few, "--json")
+    assert code == 0
+    _, alone, _ = run("eval", tmp_path / "out", "--reference", pycode, "--text", few, "--json")
+    assert json.loads(printed)["evaluation"] == json.loads(alone)
+    _, printed, _ = run("eval", pycode, "--text", few)
+    assert "perplexity" in printed
 
 
 def test_plan_tells_the_size_that_the_run_then_has(run: Run, pycode: Path, tmp_path: Path) -> None:
