@@ -371,3 +371,29 @@ def test_zero_points_are_packed_along_the_rows_as_in_compressed_tensors(spec: st
     shape = torch.Size(grid.zero.shape)
     theirs = helpers.unpack_from_int32(named["weight_zero_point"], fmt.bits, shape, packed_dim=0)
     assert torch.equal(theirs.float() + 2 ** (fmt.bits - 1), grid.zero)  # they count from the middle
+
+
+# ---- bytes that must never change
+
+GOLDEN = Path(__file__).parent / "golden" / "integer.json"
+
+
+def golden_example(spec: str) -> dict[str, str]:
+    """Suffix -> hexadecimal bytes of codes and a grid that follow a simple pattern, 5 rows of 40."""
+    fmt = formats.get(spec)
+    assert isinstance(fmt, Integer)
+    span = fmt._highest - fmt._lowest + 1
+    codes = (torch.arange(200).view(5, 40) * 7 % span + fmt._lowest).to(torch.uint8 if fmt._lowest == 0 else torch.int8)
+    layout = fmt.layout((5, 40))
+    groups = layout["weight_scale"].shape[-1] if fmt.granularity != "tensor" else 1
+    rows = 1 if fmt.granularity == "tensor" else 5
+    scale = (torch.arange(rows * groups).view(rows, groups) + 1) / 64
+    zero = None if fmt._signed else torch.arange(rows * groups).view(rows, groups) % span * 1.0
+    group = fmt.granularity if isinstance(fmt.granularity, int) else 40
+    named = fmt.pack(codes, formats.Grid(scale, zero, group))
+    return {suffix: bytes(t.contiguous().view(torch.uint8).flatten().tolist()).hex() for suffix, t in named.items()}
+
+
+@pytest.mark.parametrize("spec", json.loads(GOLDEN.read_text()))
+def test_files_written_by_earlier_versions_stay_readable(spec: str) -> None:
+    assert golden_example(spec) == json.loads(GOLDEN.read_text())[spec]
