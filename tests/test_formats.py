@@ -391,7 +391,7 @@ def golden_example(spec: str) -> dict[str, str]:
     zero = None if fmt._signed else torch.arange(rows * groups).view(rows, groups) % span * 1.0
     group = fmt.granularity if isinstance(fmt.granularity, int) else 40
     named = fmt.pack(codes, formats.Grid(scale, zero, group))
-    return {suffix: bytes(t.contiguous().view(torch.uint8).flatten().tolist()).hex() for suffix, t in named.items()}
+    return {suffix: bytes(t.reshape(-1).clone().view(torch.uint8).tolist()).hex() for suffix, t in named.items()}
 
 
 @pytest.mark.parametrize("spec", json.loads(GOLDEN.read_text()))
