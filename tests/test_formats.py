@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import llmquant_kernels
 from llmquant import formats
 from llmquant.errors import LlmquantError, NonFiniteInput, PlanError, ScaleOverflow
 from llmquant.formats.integer import CONVENTIONS, Integer
@@ -154,6 +156,20 @@ def test_pack_unpack_is_identity_and_as_laid_out(spec: str) -> None:
     assert grid.zero is None or torch.equal(again_grid.zero, grid.zero)  # type: ignore[arg-type]
     stored = sum(t.numel() * t.element_size() for t in named.values())
     assert fmt.bits_per_weight((17, 75)) == pytest.approx(8 * stored / (17 * 75), rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 9])
+def test_few_rows_come_back_from_a_file(rows: int, tmp_path: Path) -> None:
+    fmt = formats.get("int4:g16:asym")
+    codes, grid = fmt.quantize(weights(rows, 80))
+    save_file(fmt.pack(codes, grid), tmp_path / "weight.safetensors")
+    named = load_file(tmp_path / "weight.safetensors")
+    again, again_grid = fmt.unpack(named, (rows, 80))
+    assert torch.equal(again, codes)
+    assert grid.zero is not None
+    assert torch.equal(again_grid.zero, grid.zero)  # type: ignore[arg-type]
+    decoded = llmquant_kernels.decode(fmt.packed_weight(named, (rows, 80)), torch.float32)
+    assert torch.equal(decoded, fmt.decode(codes, grid))
 
 
 @pytest.mark.parametrize("spec", SPECS)

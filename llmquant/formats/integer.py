@@ -351,7 +351,7 @@ class Integer(Format):
         stored = named["weight_zero_point"]
         if self.convention == "asym_float":
             return stored.float().view_as(scale)
-        return packing.unpack_words(stored.T.contiguous(), self.bits, scale.shape[0]).T.float()
+        return packing.unpack_words(stored.T, self.bits, scale.shape[0]).T.float()
 
     def packed_weight(self, named: dict[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         groups = self._padded(shape)[1]
@@ -359,8 +359,7 @@ class Integer(Format):
         zero: Tensor | int = self._middle
         offset = None
         if self.convention == "asym":
-            words = named["weight_zero_point"].T.contiguous()
-            zero = packing.unpack_words(words, self.bits, scale.shape[0]).T.contiguous()
+            zero = packing.unpack_words(named["weight_zero_point"].T, self.bits, scale.shape[0]).T.contiguous()
         elif self.convention == "asym_float":
             zero, offset = 0, named["weight_zero_point"].view(-1, groups)
         group = self.granularity if isinstance(self.granularity, int) else shape[1]

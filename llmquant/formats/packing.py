@@ -79,4 +79,6 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
     """(rows, words) int32 -> the first n unsigned codes of every row, (rows, n) uint8."""
     assert words.dtype == torch.int32, words.dtype
-    return unpack_bits(words.contiguous().view(torch.uint8), bits, n)
+    if words.stride(-1) != 1 or not words.is_contiguous():  # a lone column can have any stride and pass for contiguous
+        words = words.clone(memory_format=torch.contiguous_format)
+    return unpack_bits(words.view(torch.uint8), bits, n)
