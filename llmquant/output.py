@@ -39,76 +39,82 @@ class OutputFolder:
     def __init__(self, output: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         self.output = output
         self.partial = output.with_name(output.name + ".partial")
-        self.settings = settings
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back
         self.records: dict[int, dict[str, Any]] = {}
         self._overwrite = overwrite
 
     def __enter__(self) -> OutputFolder:
         check_usable(self.output, overwrite=self._overwrite)
+        self._check_partial()
         with _writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.partial / JOURNAL).open("a+")
+            self._journal = (self.partial / JOURNAL).open("a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._overwrite:
-                self._lock.truncate(0)
-            self._read_journal()
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_up()
         except BlockingIOError:
-            self._lock.close()
+            self._journal.close()
             raise OutputError(f"{self.partial}: another run is writing here: wait for it or choose another") from None
         except BaseException:
-            self._lock.close()
+            self._journal.close()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._lock.close()
+        self._journal.close()
 
-    def _read_journal(self) -> None:
-        self._lock.seek(0)
-        text = self._lock.read()
-        lines = text.splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):  # cut in the middle of a line
-            lines.pop()
-        if len(lines) > 1:  # something was finished
-            self._check_settings(json.loads(lines[0]))
-        elif lines and json.loads(lines[0]) != json.loads(json.dumps(self.settings)):
-            lines = []
-            (self.partial / CALIBRATION).unlink(missing_ok=True)
-        kept = lines[:1]
-        for line in lines[1:]:
-            record = json.loads(line)
+    def _check_partial(self) -> None:
+        """What lies under the name of a cut run must be one: leftovers in it are deleted."""
+        if not self.partial.is_dir() or not any(self.partial.iterdir()):
+            return
+        if not (self.partial / JOURNAL).is_file() and not (self.partial / MANIFEST).is_file():
+            raise OutputError(f"{self.partial}: exists and is no cut run of llmquant: choose another --output")
+
+    def _take_up(self) -> None:
+        """Read the journal of an earlier run that may be resumed, and drop all that it does not note."""
+        begun, records = (None, []) if self._overwrite else self._read_journal()
+        if records:
+            self._check_settings(begun or {})
+        for record in records:
             shard = self.partial / record["shard"]
             if not shard.is_file() or sha256(shard) != record["sha256"]:
                 break  # noted, but not there as noted: from here on it is done again
             self.records[record["part"]] = record
-            kept.append(line)
+        known = {JOURNAL, *(record["shard"] for record in self.records.values())}
+        if begun == self.settings:
+            known.add(CALIBRATION)
         with _writing(self.partial):
-            self._lock.truncate(0)
-            self._lock.seek(0)
-            for line in kept or [json.dumps(self.settings) + "\n"]:
-                self._lock.write(line)
-            self._sync_journal()
-        self._remove_leftovers()
+            for path in self.partial.iterdir():
+                if path.name not in known:
+                    path.unlink()
+            self._journal.truncate(0)
+            self._note(self.settings)
+            for record in self.records.values():
+                self._note(record)
+
+    def _read_journal(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """Settings and notes; a line that was cut or damaged, and what follows it, counts for nothing."""
+        self._journal.seek(0)
+        lines = []
+        for line in self._journal:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return (lines[0], lines[1:]) if lines else (None, [])
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
 
     def _check_settings(self, begun: dict[str, Any]) -> None:
-        now = json.loads(json.dumps(self.settings))
-        for key in sorted({*begun, *now}):
-            if begun.get(key) != now.get(key):
+        for key in sorted({*begun, *self.settings}):
+            if begun.get(key) != self.settings.get(key):
                 raise OutputError(
-                    f"{self.partial}: begun with {key} = {begun.get(key)!r}, now {key} = {now.get(key)!r}: "
+                    f"{self.partial}: begun with {key} = {begun.get(key)!r}, now {key} = {self.settings.get(key)!r}: "
                     "repeat the first command to resume it, or pass --overwrite to begin anew"
                 )
-
-    def _remove_leftovers(self) -> None:
-        known = {record["shard"] for record in self.records.values()} | {JOURNAL}
-        for path in self.partial.iterdir():
-            if path.name not in known and path.suffix in (".tmp", ".safetensors") and path.name != CALIBRATION:
-                path.unlink()
-
-    def _sync_journal(self) -> None:
-        self._lock.flush()
-        os.fsync(self._lock.fileno())
 
     def write_shard(
         self, part: int, name: str, tensors: dict[str, Tensor], check: Callable[[dict[str, Tensor]], dict[str, Any]]
@@ -120,6 +126,7 @@ class OutputFolder:
         final, temporary = self.partial / name, self.partial / (name + ".tmp")
         with _writing(self.partial, sum(t.nbytes for t in tensors.values())):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+            shutil.copymode(self.partial / JOURNAL, temporary)  # safetensors writes for its owner's eyes only
             _sync(temporary)
         digest = sha256(temporary)
         noted = check(_read_back(temporary, tensors))
@@ -128,8 +135,7 @@ class OutputFolder:
             _sync(self.partial)
             record = {"part": part, "shard": name, "sha256": digest, "bytes": final.stat().st_size, **noted}
             record["tensors"] = sorted(tensors)
-            self._lock.write(json.dumps(record) + "\n")
-            self._sync_journal()
+            self._note(record)
         self.records[part] = record
 
     def calibration_tokens(self, make: Callable[[], Tensor]) -> Tensor:

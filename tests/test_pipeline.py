@@ -202,7 +202,7 @@ def test_finished_blocks_are_not_done_again(pycode: Path, tmp_path: Path) -> Non
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "journal"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "journal cut", "journal damaged"])
 def test_resume_does_a_damaged_block_again(damage: str, pycode: Path, tmp_path: Path) -> None:
     quantize(pycode, tmp_path / "whole")
     cut_after(pycode, tmp_path / "cut", 3)
@@ -217,7 +217,8 @@ def test_resume_does_a_damaged_block_again(damage: str, pycode: Path, tmp_path: 
         shard.unlink()
     else:
         journal = tmp_path / "cut.partial" / "journal.jsonl"
-        journal.write_text(journal.read_text()[:-40])
+        text = journal.read_text()
+        journal.write_text(text[:-40] if damage == "journal cut" else text.replace('"part": 1', '"part" 1'))
     quantize(pycode, tmp_path / "cut")
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
 
@@ -228,6 +229,32 @@ def test_resume_with_other_settings_is_refused_and_names_both(pycode: Path, tmp_
         quantize(pycode, tmp_path / "out", "int8:g32")
     with pytest.raises(OutputError, match="seed = 0, now seed = 1"):
         quantize(pycode, tmp_path / "out", seed=1)
+
+
+def test_a_run_begun_anew_forgets_the_calibration_of_the_old(pycode: Path, tmp_path: Path) -> None:
+    other = pipeline.Calibration("self", samples=3, length=16, batch=2)
+    cut_after(pycode, tmp_path / "out", 1, calibration=other)
+    job = pipeline.Job(str(pycode), Recipe.uniform("int4:g32"), SMALL)
+    pipeline.quantize(pipeline.prepare(job, tmp_path / "out"), tmp_path / "out", overwrite=True)
+    quantize(pycode, tmp_path / "fresh", calibration=SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_cut_run_that_finished_nothing_binds_no_settings(pycode: Path, tmp_path: Path) -> None:
+    other = pipeline.Calibration("self", samples=3, length=16, batch=2)
+    cut_after(pycode, tmp_path / "out", 0, calibration=other)
+    assert (tmp_path / "out.partial" / "calibration.safetensors").exists()
+    quantize(pycode, tmp_path / "out", calibration=SMALL)
+    quantize(pycode, tmp_path / "fresh", calibration=SMALL)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_folder_under_the_name_of_a_cut_run_is_not_cleared(pycode: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.safetensors").write_bytes(b"kept")
+    with pytest.raises(OutputError, match="is no cut run of llmquant"):
+        quantize(pycode, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "mine.safetensors").read_bytes() == b"kept"
 
 
 def test_two_runs_on_one_folder_are_refused(pycode: Path, tmp_path: Path) -> None:
@@ -296,6 +323,8 @@ def test_what_is_not_quantized_is_copied_bit_by_bit(pycode: Path, tmp_path: Path
     dense = [name for name in original if not name.endswith("_proj.weight")]
     assert len(dense) == 1 + 2 * 6 + 1
     assert all(torch.equal(found[name], original[name]) and found[name].dtype == original[name].dtype for name in dense)
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (pycode / "tokenizer.json").read_bytes()
 
 
