@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import NonFiniteInput
-from llmquant.formats.parallel import over_rows
 from llmquant_kernels import PackedWeight
 
+# Elements that are worked on at a time on a CPU: a megabyte of float32, which stays in cache through the many passes of
+# a range search. On two cores with 2 MB of cache each, a search of a 2048x5632 weight takes 0.65, 0.44, 0.54 and 0.59 s
+# with 2**17, 2**18, 2**19 and 2**20; threads of our own over smaller pieces gain nothing, for want of the interpreter.
+PIECE = 2**18
 # visit calls it with rows, columns, columns a group, scale and zero.
 Visitor = Callable[[slice, slice, int, Tensor, Tensor | None], None]
 Granularity = int | str  # columns that share a scale, or "channel" (one scale per row), or "tensor" (one for all)
@@ -65,17 +68,15 @@ class Grid:
         """Call work(rows, columns, width, scale, zero) for every run of groups of a matrix (out, columns).
 
         `matrix[rows, columns].unflatten(1, (-1, width))` is (rows, groups, width), and scale and zero are views that
-        broadcast against it. Pieces of rows are worked on in parallel.
+        broadcast against it. On a CPU a few rows at a time, on other devices all.
         """
-
-        def piece(start: int, stop: int) -> None:
-            rows = slice(start, stop)
+        step = max(1, PIECE // shape[1]) if self.scale.device.type == "cpu" else shape[0]
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
             own = slice(0, 1) if self.scale.shape[0] == 1 else rows
             for columns, groups, width in self.runs(shape[1]):
                 zero = None if self.zero is None else self.zero[own, groups, None]
                 work(rows, columns, width, self.scale[own, groups, None], zero)
-
-        over_rows(piece, shape, self.scale.device)
 
 
 class Format(ABC):
