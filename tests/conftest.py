@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, here and in the processes that tests start: on small tensors threads only wait for each
+# other, and on a machine that does something else too they wait long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ASSETS = Path(__file__).parent / "assets"
 sys.path.insert(0, str(ASSETS))
