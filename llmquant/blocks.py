@@ -146,6 +146,10 @@ class StreamedModel:
             found[full_name] = Target(full_name, shape, transposed, module.bias is not None)
         return found
 
+    def module(self, target: Target) -> nn.Module:
+        """The module that holds a target's weight; on meta while its block is not loaded."""
+        return self.model.get_submodule(target.name)
+
     def unsupported(self, block: int) -> list[str]:
         """The parameters of a block, by name in memory, that hold matrices but are no target and no router.
 

@@ -58,10 +58,10 @@ class Streams:
             self.quantized[i] = self.model.run_block(block, self.quantized[i], calls[block])
             self.reference[i] = reference
 
-    def collect(self, block: int, module: nn.Module, stage: list[Target], swap: WeightSwap) -> Stats:
+    def collect(self, block: int, stage: list[Target], swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
         stats = Stats.empty(stage[0].shape[1], self.model.device)
-        linear = module.get_submodule(stage[0].name.removeprefix(self.model.block_names[block] + "."))
+        linear = self.model.module(stage[0])
         for i, calls in enumerate(self.calls):
             with swap.original():
                 references = self._inputs(block, linear, self.reference[i], calls[block])
@@ -101,17 +101,15 @@ class _SeenEnough(Exception):
     """Ends a block's forward pass once the wanted input was seen."""
 
 
-def stages(model: StreamedModel, block: int, module: nn.Module, streams: Streams) -> list[list[Target]]:
+def stages(model: StreamedModel, block: int, streams: Streams) -> list[list[Target]]:
     """The block's targets in the order in which they are called, those that share one input tensor together.
 
-    Found by running one sequence and comparing tensors by identity: no table of architectures. Targets that the
-    sequence did not reach come last, each by itself, and are quantized without statistics.
+    Found by running one batch and comparing tensors by identity: no table of architectures. Targets that the batch did
+    not reach are left out.
     """
-    targets = model.targets(block)
     seen: list[tuple[Tensor, list[Target]]] = []
     handles = []
-    for target in targets.values():
-        linear = module.get_submodule(target.name.removeprefix(model.block_names[block] + "."))
+    for target in model.targets(block).values():
 
         def note(_: nn.Module, args: tuple[Any, ...], target: Target = target) -> None:
             for tensor, stage in seen:
@@ -120,7 +118,7 @@ def stages(model: StreamedModel, block: int, module: nn.Module, streams: Streams
                     return
             seen.append((args[0], [target]))
 
-        handles.append(linear.register_forward_pre_hook(note))
+        handles.append(model.module(target).register_forward_pre_hook(note))
     try:
         model.run_block(block, streams.reference[0], streams.calls[0][block])
     finally:

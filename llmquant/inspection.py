@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmquant import formats
 from llmquant.checkpoint import MANIFEST, Checkpoint, sha256
 from llmquant.errors import CheckpointError, LlmquantError
+from llmquant.formats.base import all_finite
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -65,6 +64,6 @@ def _decode(checkpoint: Checkpoint, tensor: dict[str, Any]) -> list[str]:
         return wrong
     stored = checkpoint.tensors([base + suffix for suffix in layout])
     named = {name.removeprefix(base): value for name, value in stored.items()}
-    if not torch.isfinite(fmt.decode(*fmt.unpack(named, shape))).all():
+    if not all_finite(fmt.decode(*fmt.unpack(named, shape))):
         return [f"{tensor['key']}: decodes to NaN or Inf"]
     return []

@@ -193,19 +193,21 @@ def check_usable(output: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{output}: holds a finished result: choose another --output, or pass --overwrite")
         if not ours and not empty:
             raise OutputError(f"{output}: exists and is not a result of llmquant: choose another --output")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing(output.absolute().parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent}: not writable: choose another --output")
 
 
 def free_bytes(output: Path) -> int:
     """Free bytes of the disk on which `output` would lie."""
-    place = output.absolute()
+    return shutil.disk_usage(_existing(output.absolute())).free
+
+
+def _existing(place: Path) -> Path:
+    """The place itself, or the nearest folder above it that is there."""
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def _read_back(path: Path, written: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmquant import text
-from llmquant.blocks import StreamedModel, Target
+from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, stages
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, VerificationError
@@ -118,13 +118,13 @@ def quantize(
             step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
             if block in folder.records and streams is None:
                 continue
-            module = model.load_block(block)
+            model.load_block(block)
             swap = WeightSwap()
             if block in folder.records:
-                _restore(prepared, folder, block, module, swap)
+                _restore(prepared, folder, block, swap)
             else:
                 name = shard(block + 1, blocks + 1)
-                _save_block(prepared, folder, block, name, _solve_block(prepared, block, module, streams, swap, step))
+                _save_block(prepared, folder, block, name, _solve_block(prepared, block, streams, swap, step))
             if streams is not None and block + 1 < blocks:
                 streams.advance(block, swap)
             model.unload_block(block)
@@ -200,37 +200,28 @@ class Result:
 
 
 def _solve_block(
-    prepared: Prepared,
-    block: int,
-    module: nn.Module,
-    streams: Streams | None,
-    swap: WeightSwap,
-    step: Callable[[int], None],
+    prepared: Prepared, block: int, streams: Streams | None, swap: WeightSwap, step: Callable[[int], None]
 ) -> list[Result]:
     """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
     rows = {row.target.name: row for row in prepared.plan.of_block(block)}
-    order = [] if streams is None else stages(prepared.model, block, module, streams)
+    order = [] if streams is None else stages(prepared.model, block, streams)
     reached = {target.name for stage in order for target in stage}
     order += [[row.target] for name, row in rows.items() if name not in reached]
-    results: list[Result] = []
+    results: dict[str, Result] = {}
     for stage in order:
         wanted = [rows[target.name] for target in stage if target.name in rows]
         if not wanted:
             continue
         stats = None
         if streams is not None and stage[0].name in reached:
-            stats = streams.collect(block, module, stage, swap)
+            stats = streams.collect(block, stage, swap)
         for row in wanted:
-            result = _solve(row, row.target.matrix(_submodule(prepared, block, module, row.target)).detach(), stats)
-            results.append(result)
+            result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), stats)
+            results[row.target.name] = result
             if streams is not None:
-                _put(prepared, block, module, swap, result.row, result.solution)
-            step(sum(result.row.weights for result in results))
-    return sorted(results, key=lambda result: list(rows).index(result.row.target.name))
-
-
-def _submodule(prepared: Prepared, block: int, module: nn.Module, target: Target) -> nn.Module:
-    return module.get_submodule(target.name.removeprefix(prepared.model.block_names[block] + "."))
+                _put(prepared, swap, row, result.solution)
+            step(sum(result.row.weights for result in results.values()))
+    return [results[name] for name in rows]
 
 
 def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
@@ -265,9 +256,9 @@ def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dic
     }
 
 
-def _put(prepared: Prepared, block: int, module: nn.Module, swap: WeightSwap, row: Row, solution: Solution) -> None:
+def _put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
     decoded = row.format.decode(solution.codes, solution.grid).to(prepared.model.dtype)
-    parameter = _submodule(prepared, block, module, row.target).weight
+    parameter = prepared.model.module(row.target).weight
     assert isinstance(parameter, nn.Parameter)
     swap.replace(row.target.name, parameter, row.target.stored(decoded))
 
@@ -321,14 +312,14 @@ def _ratio(error: float, signal: float) -> float:
     return 0.0 if error == 0 else math.sqrt(error / signal) if signal else math.inf
 
 
-def _restore(prepared: Prepared, folder: OutputFolder, block: int, module: nn.Module, swap: WeightSwap) -> None:
+def _restore(prepared: Prepared, folder: OutputFolder, block: int, swap: WeightSwap) -> None:
     """Put the block's quantized weights in place from the shard that an earlier run left."""
     tensors = load_file(folder.partial / folder.records[block]["shard"])
     for row in prepared.plan.of_block(block):
         codes, grid = row.format.unpack(_stored(row, tensors), row.target.shape)
         device = prepared.model.device
         grid = type(grid)(grid.scale.to(device), None if grid.zero is None else grid.zero.to(device), grid.group)
-        _put(prepared, block, module, swap, row, Solution(codes.to(device), grid, 0.0))
+        _put(prepared, swap, row, Solution(codes.to(device), grid, 0.0))
 
 
 # ---- the end

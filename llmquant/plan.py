@@ -107,9 +107,6 @@ def make_plan(
 
     Raises PlanError (names the tensor) or OutputError (not enough disk).
     """
-    method = (checkpoint.config().get("quantization_config") or {}).get("quant_method")
-    if method:
-        raise PlanError(f"{checkpoint.folder}: is quantized already ({method}): give the original checkpoint")
     blocks = range(len(model.block_names))
     recipe.check([name for block in blocks for name in model.targets(block)])
     kernels: dict[Any, str] = {}

@@ -156,7 +156,7 @@ class Integer(Format):
             weights = None if importance is None else importance.expand(rows, columns).reshape(1, 1, -1)
             scale, zero = self._fit_groups(w.reshape(1, 1, -1), weights, clip, norm)
             return Grid(self._checked(scale), zero, columns)
-        group = columns if self.granularity == "channel" else int(self.granularity)
+        group = self._group(columns)
         empty = partial(torch.empty, rows, -(-columns // group), device=w.device)
         grid = Grid(empty(), None if self._signed else empty(), group)
 
@@ -286,6 +286,10 @@ class Integer(Format):
 
     # ---- the file
 
+    def _group(self, columns: int) -> int:
+        """Columns that share a scale."""
+        return self.granularity if isinstance(self.granularity, int) else columns
+
     def _padded(self, shape: tuple[int, int]) -> tuple[int, int]:
         """(columns stored, groups): a short last group is stored whole."""
         columns = shape[1]
@@ -341,7 +345,7 @@ class Integer(Format):
             codes = (codes - self._middle).view(torch.int8)  # uint8 wraps to the two's complement
         scale = named["weight_scale"].float().view(-1, self._padded(shape)[1])
         zero = self._unpack_zero(named, scale)
-        return codes, Grid(scale, zero, self.granularity if isinstance(self.granularity, int) else shape[1])
+        return codes, Grid(scale, zero, self._group(shape[1]))
 
     def _unpack_zero(self, named: dict[str, Tensor], scale: Tensor) -> Tensor | None:
         if self._signed:
@@ -362,8 +366,7 @@ class Integer(Format):
             zero = packing.unpack_words(named["weight_zero_point"].T, self.bits, scale.shape[0]).T.contiguous()
         elif self.convention == "asym_float":
             zero, offset = 0, named["weight_zero_point"].view(-1, groups)
-        group = self.granularity if isinstance(self.granularity, int) else shape[1]
-        return PackedWeight(named["weight_packed"], self.bits, shape, group, scale, zero, offset)
+        return PackedWeight(named["weight_packed"], self.bits, shape, self._group(shape[1]), scale, zero, offset)
 
 
 Found = tuple[Tensor, Tensor | None, Tensor]  # scale, zero, loss (rows, groups)
