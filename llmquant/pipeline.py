@@ -299,12 +299,8 @@ def _check_result(result: Result, read: dict[str, Tensor]) -> None:
     """What was read back must unpack to what was solved, bit for bit: so the errors noted are those of the file."""
     row, solution = result.row, result.solution
     codes, grid = row.format.unpack(_stored(row, read), row.target.shape)
-    pairs = [(codes, solution.codes), (grid.scale, solution.grid.scale), (grid.zero, solution.grid.zero)]
-    for found, meant in pairs:
-        if (found is None) != (meant is None) or (
-            found is not None and meant is not None and not torch.equal(found, meant.cpu())
-        ):
-            raise VerificationError(f"{row.key}: what was read back is not what was solved: please report this")
+    if not (torch.equal(codes, solution.codes.cpu()) and grid.equals(solution.grid)):
+        raise VerificationError(f"{row.key}: what was read back is not what was solved: please report this")
 
 
 def _ratio(error: float, signal: float) -> float:
@@ -318,8 +314,7 @@ def _restore(prepared: Prepared, folder: OutputFolder, block: int, swap: WeightS
     for row in prepared.plan.of_block(block):
         codes, grid = row.format.unpack(_stored(row, tensors), row.target.shape)
         device = prepared.model.device
-        grid = type(grid)(grid.scale.to(device), None if grid.zero is None else grid.zero.to(device), grid.group)
-        _put(prepared, swap, row, Solution(codes.to(device), grid, 0.0))
+        _put(prepared, swap, row, Solution(codes.to(device), grid.to(device), 0.0))
 
 
 # ---- the end

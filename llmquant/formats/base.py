@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +44,35 @@ class TensorSpec:
 class Grid:
     """Where the levels of one weight sit. Values are float32, and exactly what the file can hold."""
 
-    scale: Tensor  # (out or 1, groups)
+    scale: Tensor  # (out or 1, groups): what a level is multiplied with, all levels of scaling together
     zero: Tensor | None  # (out or 1, groups), in the unit its format says; None: zero
     group: int  # columns that share an entry
     start: int = 0  # columns of the first group that lie left of this grid
+    outer: Tensor | None = None  # the scale of the scales, where a format has one; its shape is the format's affair
+    levels: Tensor | None = None  # (out or 1, levels), ascending: the codebook, where a format learns one
 
     def columns(self, start: int, stop: int) -> Grid:
         """The grid of columns [start, stop) alone; a view, nothing is copied."""
         start, stop = self.start + start, self.start + stop
         first, last = start // self.group, -(-stop // self.group)
         zero = None if self.zero is None else self.zero[:, first:last]
-        return Grid(self.scale[:, first:last], zero, self.group, start - first * self.group)
+        return replace(self, scale=self.scale[:, first:last], zero=zero, start=start - first * self.group)
+
+    def to(self, device: torch.device) -> Grid:
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device) for name, tensor in self._tensors().items()
+        }
+        return replace(self, **moved)
+
+    def equals(self, other: Grid) -> bool:
+        """Whether both are the same, bit for bit, on whatever devices."""
+        if (self.group, self.start) != (other.group, other.start):
+            return False
+        pairs = zip(self._tensors().values(), other._tensors().values(), strict=True)
+        return all(a is b if a is None or b is None else torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {"scale": self.scale, "zero": self.zero, "outer": self.outer, "levels": self.levels}
 
     def runs(self, columns: int) -> Iterator[tuple[slice, slice, int]]:
         """Cut `columns` columns into at most three runs of equally long groups: (columns, groups, columns a group)."""
