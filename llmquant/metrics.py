@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmquant import formats
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import CheckpointError, DataError, VerificationError
+from llmquant.formats import Format
 from llmquant.text import Progress, evaluating
 
 BATCH_BYTES = 2**29  # of float32 logits, in one batch of windows
@@ -334,7 +336,7 @@ def stored_size(folder: Path) -> StoredSize:
     tied = config.get("tie_word_embeddings", False) or config.get("text_config", {}).get("tie_word_embeddings", False)
     dense = [n for n in dense if checkpoint.dtype(n).is_floating_point and not (tied and n.endswith("lm_head.weight"))]
 
-    weights = sum(_weights_of(module, names, checkpoint) for module, names in groups.items())
+    weights = sum(_weights_of(module, modules[module], names, checkpoint) for module, names in groups.items())
     nbytes = sum(checkpoint.nbytes(name) for names in groups.values() for name in names)
     return StoredSize(
         quantized_weights=weights,
@@ -345,20 +347,22 @@ def stored_size(folder: Path) -> StoredSize:
     )
 
 
-def _quantized_modules(config: dict[str, Any], folder: Path) -> set[str]:
+def _quantized_modules(config: dict[str, Any], folder: Path) -> dict[str, Format]:
+    """Module -> its format."""
     quantization = config.get("quantization_config")
     if quantization is None:
-        return set()
+        return {}
     if quantization.get("quant_method") != "llmquant":
         method = quantization.get("quant_method", "an unknown method")
         raise CheckpointError(f"{folder}: quantized by {method}; sizes are known of dense folders and llmquant's own")
-    return {module for modules in quantization["formats"].values() for module in modules}
+    return {module: formats.get(spec) for spec, modules in quantization["formats"].items() for module in modules}
 
 
-def _weights_of(module: str, names: list[str], checkpoint: Checkpoint) -> int:
-    """How many weights a quantized module stands for, by its stored shape, or that of a weight stored unpacked."""
+def _weights_of(module: str, fmt: Format, names: list[str], checkpoint: Checkpoint) -> int:
+    """How many weights a quantized module stands for: as its `weight_shape` says, else as many as its bytes hold."""
     if f"{module}.weight_shape" in names:
         return math.prod(checkpoint.tensors([f"{module}.weight_shape"])[f"{module}.weight_shape"].tolist())
-    if f"{module}.weight" in names:
-        return math.prod(checkpoint.shape(f"{module}.weight"))
-    raise CheckpointError(f"{checkpoint.folder}: {module} is listed as quantized, but its weight_shape is not stored")
+    shapes = {name.removeprefix(f"{module}."): checkpoint.shape(name) for name in names}
+    if not {"weight", "weight_packed"} & set(shapes):
+        raise CheckpointError(f"{checkpoint.folder}: {module} is listed as quantized, but its weight is not stored")
+    return fmt.weights_in(shapes)

@@ -180,7 +180,7 @@ def test_encode_finds_the_nearest_level(spec: str) -> None:
     chosen = (fmt.decode(codes, grid) - w).abs()
     assert isinstance(fmt, Integer)
     best = torch.full_like(w, torch.inf)
-    for code in range(fmt._lowest, fmt._highest + 1):
+    for code in range(fmt.element.lowest, fmt.element.highest + 1):
         level = fmt.decode(torch.full_like(codes, code), grid)
         best = torch.minimum(best, (level - w).abs())
     torch.testing.assert_close(chosen, best, rtol=1e-5, atol=1e-8)
@@ -215,7 +215,7 @@ def test_any_run_of_columns_encodes_and_decodes_as_in_the_whole(spec: str) -> No
 def test_planted_weights_come_back_with_no_loss(bits: int, convention: str, clip: str) -> None:
     fmt = Integer(bits, 16, convention, torch.float16)
     generator = torch.Generator().manual_seed(bits)
-    lowest, highest = fmt._lowest, fmt._highest
+    lowest, highest = fmt.element.lowest, fmt.element.highest
     codes = torch.randint(lowest, highest + 1, (8, 64), generator=generator).float()
     codes[:, ::16], codes[:, 1::16] = lowest, highest  # the grid is used to its ends
     middle = 2 ** (bits - 1) if convention == "asym" else 0
@@ -398,8 +398,8 @@ def golden_example(spec: str) -> dict[str, str]:
     """Suffix -> hexadecimal bytes of codes and a grid that follow a simple pattern, 5 rows of 40."""
     fmt = formats.get(spec)
     assert isinstance(fmt, Integer)
-    span = fmt._highest - fmt._lowest + 1
-    codes = (torch.arange(200).view(5, 40) * 7 % span + fmt._lowest).to(torch.uint8 if fmt._lowest == 0 else torch.int8)
+    span = fmt.element.highest - fmt.element.lowest + 1
+    codes = (torch.arange(200).view(5, 40) * 7 % span + fmt.element.lowest).to(torch.uint8 if fmt.element.lowest == 0 else torch.int8)
     layout = fmt.layout((5, 40))
     groups = layout["weight_scale"].shape[-1] if fmt.granularity != "tensor" else 1
     rows = 1 if fmt.granularity == "tensor" else 5

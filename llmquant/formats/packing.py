@@ -1,4 +1,4 @@
-"""Dense bit streams: codes of 1 to 8 bits, least significant bit first, each row on its own.
+"""Dense bit streams: codes of 1 to 8 bits, least significant bit first, each row on its own; and ternary digits.
 
 Code i of a row occupies bits [i * bits, (i + 1) * bits) of the row's stream, and the row is padded with zero bits to a
 whole byte or word. As little-endian int32 words these are the bytes that compressed-tensors calls `pack-quantized`.
@@ -82,3 +82,27 @@ def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
     if words.stride(-1) != 1 or not words.is_contiguous():  # a lone column can have any stride and pass for contiguous
         words = words.clone(memory_format=torch.contiguous_format)
     return unpack_bits(words.view(torch.uint8), bits, n)
+
+
+TRITS = 5  # base-3 digits in a byte: 3**5 = 243
+
+
+def pack_trits(digits: Tensor) -> Tensor:
+    """Digits 0..2 (rows, n) uint8 -> (rows, ceil(n / 5)) uint8, each byte sum of digit_j * 3**j; 1 fills the last."""
+    rows, n = digits.shape
+    five = torch.nn.functional.pad(digits, (0, -n % TRITS), value=1).view(rows, -1, TRITS)
+    stream = five[..., 4].clone()
+    for j in (3, 2, 1, 0):
+        stream.mul_(3).add_(five[..., j])
+    return stream
+
+
+def unpack_trits(stream: Tensor, n: int) -> Tensor:
+    """(rows, at least ceil(n / 5)) uint8 -> the first n digits of every row, (rows, n) uint8."""
+    digits = torch.empty(*stream.shape, TRITS, dtype=torch.uint8, device=stream.device)
+    rest = stream
+    for j in range(TRITS):
+        quotient = rest.div(3, rounding_mode="floor")
+        digits[..., j] = rest - quotient * 3
+        rest = quotient
+    return digits.flatten(1)[:, :n].contiguous()

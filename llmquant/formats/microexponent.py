@@ -1,0 +1,158 @@
+"""Shared micro-exponents, MX9, MX6 and MX4: an exponent for 16 columns, lowered by one for pairs that are small.
+
+    x = q * 2**(e - t - (m - 1)),  -2**m < q < 2**m,  m = 7, 4, 2
+
+e is shared by a block of 16 (a byte), t by a pair (a bit), q is stored as sign and magnitude: m + 2 bits an element.
+The plain rule: e is the largest floor(log2 |x|) of the block, t is 1 where that of the pair is lower. The search tries
+e - 1, e and e + 1 and both t of every pair.
+
+Source: B. Darvish Rouhani et al., "With Shared Microexponents, A Little Shifting Goes a Long Way", ISCA 2023,
+arXiv:2302.08007. Not to be confused with the MX of OCP (mxfp4 and others), which came of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmquant.formats import clipping, options, packing
+from llmquant.formats.base import PIECE, Grid, TensorSpec
+from llmquant.formats.elements import Element, Whole
+from llmquant.formats.scalar import Scalar
+
+BLOCK = 16
+PAIR = 2
+MANTISSA = {"mx9": 7, "mx6": 4, "mx4": 2}
+
+
+@dataclass(frozen=True)
+class MicroExponent(Scalar):
+    """name: mx9, mx6 or mx4. The grid has an entry for every pair; a zero marks the pairs of an all-zero block."""
+
+    name: str
+    granularity = PAIR
+    scale_dtype = torch.uint8
+
+    @property
+    def spec(self) -> str:
+        return self.name
+
+    @property
+    def element(self) -> Element:
+        top = 2**self._mantissa - 1
+        return Whole(self._mantissa + 1, -top, top, "sign_magnitude")
+
+    @property
+    def _mantissa(self) -> int:
+        return MANTISSA[self.name]
+
+    @property
+    def _unit(self) -> float:
+        """The lowest bit of an element whose exponent is 0."""
+        return float(2.0 ** (1 - self._mantissa))
+
+    # ---- fit
+
+    def fit(self, w: Tensor, importance: Tensor | None = None, *, clip: str = "search") -> Grid:
+        self._check(w, clip)
+        rows, columns = w.shape
+        weights = None if importance is None else _in_blocks(importance.view(1, -1))
+        scale = torch.empty(rows, -(-columns // PAIR), device=w.device)
+        step = max(1, PIECE // columns) if w.device.type == "cpu" else rows
+        for start in range(0, rows, step):
+            x = _in_blocks(w[start : start + step])  # zeros in a short block change nothing
+            found = self._plain(x) if clip == "minmax" else self._best(x, weights)
+            scale[start : start + step] = found.flatten(1)[:, : scale.shape[1]]
+        return Grid(scale, None, PAIR)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """x (rows, blocks, pairs, 2) -> the scale of every pair."""
+        shared, own = _exponents(x)
+        lowered = (own < shared).float()
+        return self._scale(shared) * (1 - lowered / 2)
+
+    def _best(self, x: Tensor, importance: Tensor | None) -> Tensor:
+        shared, _ = _exponents(x)
+        plain = self._plain(x)
+        least = clipping.weighted_loss(self._error(x, plain, None), importance).sum(-1, keepdim=True)
+        scales = [self._scale(shared + offset) for offset in (1, 0, -1, -2)]
+        losses = [clipping.weighted_loss(self._error(x, scale.expand_as(plain), None), importance) for scale in scales]
+        best = plain
+        for (high, low), (at_high, at_low) in zip(pairwise(scales), pairwise(losses), strict=True):
+            loss = torch.minimum(at_high, at_low).sum(-1, keepdim=True)
+            better = loss < least
+            best = torch.where(better, torch.where(at_low <= at_high, low, high), best)
+            least = torch.where(better, loss, least)
+        return best
+
+    def _scale(self, shared: Tensor) -> Tensor:
+        """The scale of pairs that are not lowered, for a block's exponent + 127; 0 where that is no byte above 0."""
+        byte = shared.clamp(0, 254)
+        return (byte << 23).view(torch.float32) * self._unit
+
+    def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError("a pair's scale depends on its block's: see fit")
+
+    # ---- the file
+
+    def _stored_columns(self, columns: int) -> int:
+        return -(-columns // BLOCK) * BLOCK
+
+    def _padded(self, codes: Tensor, grid: Grid) -> Tensor:
+        return functional.pad(codes, (0, self._stored_columns(codes.shape[1]) - codes.shape[1]))
+
+    def _check_group(self, columns: int) -> None:
+        """A row may be shorter than a block."""
+
+    def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        blocks = (shape[0], self._stored_columns(shape[1]) // BLOCK)
+        return {
+            "weight_scale": TensorSpec(blocks, torch.uint8),
+            "weight_micro_exponent": TensorSpec(blocks, torch.uint8),
+        }
+
+    def _pack_grid(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
+        columns = self._stored_columns(shape[1])
+        scale = functional.pad(grid.scale, (0, columns // PAIR - grid.scale.shape[1])).unflatten(1, (-1, BLOCK // PAIR))
+        shared = scale.amax(-1)
+        lowered = ((scale < shared.unsqueeze(-1)) | (scale == 0)).to(torch.uint8)
+        byte = (shared * (1 / self._unit)).view(torch.int32) >> 23
+        return {
+            "weight_scale": byte.to(torch.uint8),
+            "weight_micro_exponent": packing.pack_bits(lowered.flatten(1), 1),
+        }
+
+    def _unpack_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Grid:
+        lowered = packing.unpack_bits(named["weight_micro_exponent"], 1, self._stored_columns(shape[1]) // PAIR)
+        shared = self._scale(named["weight_scale"].int()).repeat_interleave(BLOCK // PAIR, dim=1)
+        return Grid((shared * (1 - lowered / 2))[:, : -(-shape[1] // PAIR)], None, PAIR)
+
+    def _kernel_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+        return {
+            "group": BLOCK,
+            "scale": named["weight_scale"].view(torch.float8_e8m0fnu),
+            "outer": torch.tensor([[self._unit]]),
+            "micro": named["weight_micro_exponent"],
+        }
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """(rows, columns) -> (rows, blocks, pairs, 2), with zeros for what a last block lacks."""
+    return functional.pad(x, (0, -x.shape[1] % BLOCK)).view(x.shape[0], -1, BLOCK // PAIR, PAIR)
+
+
+def _exponents(x: Tensor) -> tuple[Tensor, Tensor]:
+    """floor(log2 |x|) + 127 of blocks (rows, blocks, 1) and pairs, int32; 0 for zeros and subnormals."""
+    own = x.abs().amax(-1).view(torch.int32) >> 23
+    return own.amax(-1, keepdim=True), own
+
+
+def parse(name: str, tokens: list[str]) -> MicroExponent:
+    """The name alone."""
+    options.read(name, tokens, groups=False)
+    return MicroExponent(name)
