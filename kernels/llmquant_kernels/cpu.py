@@ -6,15 +6,17 @@ For inference: the operators have no derivative.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .reference import decode, of_rows, unpack
-from .weight import DTYPES, Facts, PackedWeight, Prepared
+from .reference import codes_of, decode, of_rows, scale_of, unpack_trits
+from .weight import DTYPES, Facts, PackedWeight, Prepared, bits_of, integer_levels
 
 _int4_pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 _int4_linear = torch.ops.aten._weight_int4pack_mm_for_cpu.default
@@ -30,15 +32,17 @@ _int8_linear = torch.ops.aten._weight_int8pack_mm.default
 # The operators go by four rows at a time, hence multiples of four.
 ROWS_INT4 = 36
 ROWS_INT8 = 28
-ROWS_PAIR = 12
+ROWS_PAIR = 16
+# Codes that straddle bytes, and digits of base 3, take two to three times as long to decode.
+ROWS_MORE_WHERE_DECODING_IS_SLOW = 2
 # The same against a decoded weight that is kept: the last line.
 ROWS_INT4_KEPT = ROWS_INT8_KEPT = 4
 ROWS_PAIR_KEPT = 1
 # Weights decoded at a time. Fewer stay in a smaller cache but pay for more calls: 2**18 takes a third longer in all.
 BLOCK = 2**21
 # Codes that a table decodes at once, by their bits. 16 bits of an index take half the time of 8, but half a megabyte.
-CODES_PER_ENTRY = {1: 8, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 1}
-CODES_PER_ENTRY_OF_LEVELS = {**CODES_PER_ENTRY, 4: 2}
+CODES_PER_ENTRY = {1: 8, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
+CODES_PER_ENTRY_OF_ROW = {1: 8, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}  # each row has a table, built in each call
 # The dtype that moves so many bytes as one element.
 ENTRIES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -46,8 +50,8 @@ ENTRIES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: t
 class CpuDecode(Prepared):
     """Decodes a block of rows at a time and multiplies by it, so that the dense weight never exists as a whole.
 
-    Several codes at once are looked up in a table of their levels. Holds the PackedWeight, and a table of at most 128
-    KB if it has levels of its own (integers share one, of at most 1 MB); with `keep_decoded` the decoded weight too.
+    Several codes at once are looked up in a table of their levels, of at most 1 MB, which weights of the same levels
+    share. Holds the PackedWeight; with `keep_decoded` the decoded weight too.
     """
 
     name = "cpu_decode"
@@ -55,17 +59,23 @@ class CpuDecode(Prepared):
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         super().__init__(weight, dtype)
         self.weight = weight
-        columns, bits = weight.shape[1], weight.bits
-        # Integers up to 255 are exact in any dtype; a level that is not must wait for its rounding until it is scaled.
-        inexact = weight.levels is not None and bool((weight.levels.to(dtype) != weight.levels).any())
-        self.levels_dtype = torch.float32 if inexact else dtype
-        self.per_entry = CODES_PER_ENTRY[bits] if weight.levels is None else CODES_PER_ENTRY_OF_LEVELS[bits]
-        whole_groups = weight.group >= columns or columns % weight.group == 0
-        whole_entries = columns % (self.per_entry if 8 % bits == 0 else 32) == 0
-        self.by_table = whole_groups and whole_entries and self.per_entry * self.levels_dtype.itemsize in ENTRIES
-        self.table: Tensor | None = None
-        if self.by_table and weight.levels is not None:
-            self.table = _table(weight.levels, bits, self.per_entry, self.levels_dtype)
+        columns, bits, levels = weight.shape[1], weight.bits, weight.levels
+        # Integers of 8 bits are levels as they lie there, and digits are when they are unpacked.
+        self.direct = weight.trits or (bits == 8 and levels is None)
+        # Where each row has levels of its own, its one scale goes into its table.
+        self.folded = levels is not None and levels.dim() == 2
+        exact = levels is None or self.folded or _is_exact(levels, dtype)
+        self.levels_dtype = dtype if exact else torch.float32
+        self.per_entry = (CODES_PER_ENTRY_OF_ROW if self.folded else CODES_PER_ENTRY)[bits]
+        self.fast = self.direct or (
+            columns % self.per_entry == 0 and self.per_entry * self.levels_dtype.itemsize in ENTRIES
+        )
+        self.fast &= weight.groups == 1 or (not self.folded and columns % weight.group == 0)
+        self.fast &= weight.micro is None or (not self.folded and columns % 16 == 0)
+        self.table: Table | None = None
+        if self.fast and not self.direct and not self.folded:
+            own = _integers_of(bits, weight.signed) if levels is None else levels
+            self.table = _shared_table(own, bits, self.per_entry, self.levels_dtype)
         self.block = max(16, BLOCK // columns // 16 * 16)
         starts = range(0, weight.shape[0], self.block)
         self.decoded = torch.cat([self.rows(start) for start in starts]) if keep_decoded else None
@@ -90,49 +100,115 @@ class CpuDecode(Prepared):
     def rows(self, start: int) -> Tensor:
         """The decoded rows of the block that begins at `start`, (rows, in)."""
         weight, stop = self.weight, min(start + self.block, self.shape[0])
-        if not self.by_table:
+        if not self.fast:
             return decode(weight, self.dtype, start, stop)
-        entries = _entries(weight.packed[start:stop], weight.bits * self.per_entry, self.shape[1] // self.per_entry)
-        if weight.levels is None and weight.bits == 8:
-            levels = entries.to(self.dtype, memory_format=torch.contiguous_format)
-        else:
-            table = _table_of_integers(weight.bits, self.per_entry, self.dtype) if self.table is None else self.table
-            levels = table.index_select(0, entries.int().flatten()).view(self.levels_dtype)
-        scale = of_rows(weight.scale, start, stop)
+        scale = scale_of(weight, start, stop)
         shift = -(of_rows(weight.zero, start, stop) if isinstance(weight.zero, Tensor) else weight.zero) * scale
         if weight.offset is not None:
             shift = shift + of_rows(weight.offset, start, stop)
+        if self.folded:
+            assert weight.levels is not None
+            values = weight.levels[start:stop].float() * scale.squeeze(-1) + shift.squeeze(-1)
+            table = Table.of(values, weight.bits, self.per_entry, self.dtype)
+            return table.look_up(weight.packed[start:stop], self.shape[1])
+        levels = self.levels(start, stop)
+        if weight.micro is not None:
+            levels *= _halves(weight.micro[start:stop], self.shape[1], levels.dtype)
         return _affine(levels.view(stop - start, weight.groups, -1), scale, shift).view(stop - start, -1).to(self.dtype)
+
+    def levels(self, start: int, stop: int) -> Tensor:
+        """Levels of rows [start, stop), (rows, in) of levels_dtype."""
+        packed, columns = self.weight.packed[start:stop], self.shape[1]
+        if self.table is not None:
+            return self.table.look_up(packed, columns)
+        if self.weight.trits:
+            codes = unpack_trits(packed, columns)
+        else:
+            codes = packed.view(torch.int8 if self.weight.signed else torch.uint8)[:, :columns]
+        return codes.to(self.dtype, memory_format=torch.contiguous_format)
+
+
+class Table(NamedTuple):
+    """For every sequence of `per_entry` codes, lowest first, their levels side by side in one wide element."""
+
+    entries: Tensor  # (2**(bits * per_entry),), or as many for each row, one after the other
+    bits: int
+    per_entry: int
+    dtype: torch.dtype
+    per_row: bool
+
+    @classmethod
+    def of(cls, levels: Tensor, bits: int, per_entry: int, dtype: torch.dtype) -> Table:
+        """Levels (2**bits,), or (rows, 2**bits)."""
+        index = torch.arange(2 ** (bits * per_entry))
+        codes = torch.stack([index >> i * bits & 2**bits - 1 for i in range(per_entry)], dim=1)
+        entries = levels.to(dtype)[..., codes].view(ENTRIES[per_entry * dtype.itemsize]).flatten()
+        return cls(entries, bits, per_entry, dtype, levels.dim() == 2)
+
+    def look_up(self, packed: Tensor, columns: int) -> Tensor:
+        """Levels (rows, columns) of the bit streams `packed` (rows, words or bytes)."""
+        rows = packed.shape[0]
+        index = _entries(packed, self.bits * self.per_entry, columns // self.per_entry).int()
+        if self.per_row:
+            index += torch.arange(0, len(self.entries), len(self.entries) // rows, dtype=torch.int32).unsqueeze(1)
+        return self.entries.index_select(0, index.flatten()).view(self.dtype).view(rows, columns)
+
+
+def _shared_table(levels: Tensor, bits: int, per_entry: int, dtype: torch.dtype) -> Table:
+    """The one table of such levels (2**bits,)."""
+    return _table_of(tuple(levels.float().view(torch.int32).tolist()), bits, per_entry, dtype)
+
+
+@lru_cache(maxsize=16)
+def _table_of(levels: tuple[int, ...], bits: int, per_entry: int, dtype: torch.dtype) -> Table:
+    """Levels as the bits of float32: among these, NaN equals itself."""
+    return Table.of(torch.tensor(levels, dtype=torch.int32).view(torch.float32), bits, per_entry, dtype)
+
+
+def _integers_of(bits: int, signed: bool) -> Tensor:
+    """What codes without levels stand for, (2**bits,)."""
+    codes, sign = torch.arange(2**bits), 2 ** (bits - 1)
+    return (codes ^ sign) - sign if signed else codes
+
+
+def _is_exact(levels: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds all levels; one that it does not must wait for its rounding until it is scaled."""
+    levels = levels.float()
+    return not bool(((levels.to(dtype) != levels) & ~levels.isnan()).any())
+
+
+def _halves(micro: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """What micro-exponents (rows, bytes) multiply levels by, (rows, columns); columns is a multiple of 16."""
+    bits = 8 // dtype.itemsize  # two columns a bit: as many as fit the widest element
+    index = torch.arange(2**bits)
+    halved = torch.stack([index >> i & 1 for i in range(bits)], dim=1).repeat_interleave(2, dim=1)
+    table = (1 - 0.5 * halved).to(dtype).view(ENTRIES[16]).flatten()
+    entries = _entries(micro, bits, columns // (2 * bits)).int()
+    return table.index_select(0, entries.flatten()).view(dtype).view(-1, columns)
 
 
 def _entries(packed: Tensor, width: int, count: int) -> Tensor:
-    """The bit streams (rows, words) int32 cut into `count` unsigned integers of `width` bits, (rows, count)."""
+    """The bit streams (rows, words or bytes) cut into `count` unsigned integers of `width` bits, (rows, count)."""
+    data = packed.view(torch.uint8)
     if width == 8:
-        return packed.view(torch.uint8)[:, :count]
-    if width == 16:
-        return packed.view(torch.int16)[:, :count].int().bitwise_and_(0xFFFF)
-    common = gcd(width, 32)  # 32 // common integers fill width // common words
-    words = packed[:, : count * width // 32].unflatten(1, (-1, width // common))
-    entries = torch.empty(*words.shape[:2], 32 // common, dtype=torch.int32)
-    for i in range(32 // common):
-        word, shift = divmod(i * width, 32)
-        entry = words[..., word] >> shift
-        if shift + width > 32:
-            entry = entry & 2 ** (32 - shift) - 1 | words[..., word + 1] << (32 - shift)
+        return data[:, :count]
+    if width == 16 and data.stride(0) % 2 == 0 and data.storage_offset() % 2 == 0:
+        return data[:, : 2 * count].view(torch.int16).int().bitwise_and_(0xFFFF)
+    run = 8 // gcd(width, 8)  # integers that fill whole bytes
+    size = run * width // 8
+    filled = -(-count // run) * size
+    data = functional.pad(data, (0, max(0, filled - data.shape[1])))[:, :filled].unflatten(1, (-1, size))
+    # Bytes apart and wide, for all the shifting to be of what lies side by side: half the time.
+    planes = [data[..., i].int() for i in range(size)]
+    entries = torch.empty(*planes[0].shape, run, dtype=torch.int32)
+    for i in range(run):
+        byte, shift = divmod(i * width, 8)
+        entry = planes[byte] >> shift
+        for place in range(8 - shift, width, 8):
+            byte += 1
+            entry |= planes[byte] << place
         torch.bitwise_and(entry, 2**width - 1, out=entries[..., i])
-    return entries.flatten(1)
-
-
-def _table(levels: Tensor, bits: int, per_entry: int, dtype: torch.dtype) -> Tensor:
-    """For every sequence of `per_entry` codes, lowest first, their levels side by side in one wide element."""
-    index = torch.arange(2 ** (bits * per_entry))
-    codes = torch.stack([index >> i * bits & 2**bits - 1 for i in range(per_entry)], dim=1)
-    return levels[codes].to(dtype).view(ENTRIES[per_entry * dtype.itemsize]).view(-1)
-
-
-@cache
-def _table_of_integers(bits: int, per_entry: int, dtype: torch.dtype) -> Tensor:
-    return _table(torch.arange(2**bits), bits, per_entry, dtype)
+    return entries.flatten(1)[:, :count]
 
 
 def _affine(levels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -158,6 +234,8 @@ class FewRows(CpuDecode):
         super().__init__(weight, dtype, keep_decoded)
         if keep_decoded:
             self.limit = self.limit_kept
+        elif 8 % weight.bits or weight.trits:
+            self.limit *= ROWS_MORE_WHERE_DECODING_IS_SLOW
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
@@ -165,8 +243,12 @@ class FewRows(CpuDecode):
             return reason
         if dtype != torch.bfloat16:
             return f"the operator is fast for bfloat16 activations only, not {dtype}"
-        if facts.has_levels:
+        if facts.has_levels and facts.integer_bits is None:
             return "the operator knows integers, not tables of levels"
+        if facts.has_levels and facts.zero != 0:
+            return "the operator knows integers, not tables of levels less a zero point"
+        if facts.has_micro:
+            return "the operator knows no micro-exponents"
         return None
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -201,16 +283,17 @@ class CpuInt4(FewRows):
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         super().__init__(weight, dtype, keep_decoded)
         self.group = _int4_group(weight.shape[1], weight.group)
-        codes, zero = _moved(weight, 8, 15)
-        self.codes = _int4_pack(codes, 1)
-        self.grid = torch.stack(_int4_grid(weight, codes, zero, self.group, 8), dim=-1).bfloat16()
+        integers = _integers(weight).moved(8, 15)
+        self.codes = _int4_pack(integers.codes, 1)
+        self.grid = torch.stack(integers.grid(self.group, 8), dim=-1).bfloat16()
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
         if reason := super().refuses(facts, dtype):
             return reason
-        if facts.bits not in cls.bits:
-            return f"takes {cls.bits[0]} to {cls.bits[-1]} bits, not {facts.bits}"
+        bits = facts.integer_bits or facts.bits
+        if bits not in cls.bits:
+            return f"takes {cls.bits[0]} to {cls.bits[-1]} bits, not {bits}"
         if facts.shape[0] % 16:
             return f"out must be a multiple of 16, not {facts.shape[0]}"
         if not _int4_group(facts.shape[1], facts.group):
@@ -232,10 +315,9 @@ class CpuInt8(FewRows):
 
     def __init__(self, weight: PackedWeight, dtype: torch.dtype, keep_decoded: bool = False) -> None:
         super().__init__(weight, dtype, keep_decoded)
-        assert isinstance(weight.zero, int)  # see refuses
-        codes = unpack(weight.packed, weight.bits, weight.shape[1])
-        self.codes = (codes.short() - weight.zero).to(torch.int8, memory_format=torch.contiguous_format)
-        self.scale = weight.scale.expand(weight.shape[0], 1).flatten().to(dtype)
+        integers = _integers(weight)
+        self.codes = (integers.codes - integers.zero).to(torch.int8, memory_format=torch.contiguous_format)
+        self.scale = integers.scale.flatten().to(dtype)
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
@@ -248,7 +330,8 @@ class CpuInt8(FewRows):
             return f"in must be a multiple of 16, not {columns}: the operator reads past the end of others"
         if facts.has_offset or facts.zero is None:
             return "knows neither an offset nor a zero point per row"
-        if not 2**facts.bits - 128 <= facts.zero <= 128:
+        first = -(2 ** (facts.bits - 1)) if facts.signed else 0
+        if not facts.has_levels and not first + 2**facts.bits - 128 <= facts.zero <= first + 128:
             return f"codes of {facts.bits} bits less a zero point of {facts.zero} do not fit 8 bits"
         return None
 
@@ -273,10 +356,10 @@ class CpuInt4Pair(CpuInt4):
         FewRows.__init__(self, weight, dtype, keep_decoded)
         self.group = _int4_group(weight.shape[1], weight.group)
         # q - 136 == 16 * (high - 8) + (low - 8)
-        codes, zero = _moved(weight, 136, 255)
-        low = codes & 15
-        self.codes, self.high = _int4_pack(low, 1), _int4_pack(codes >> 4, 1)
-        scale, shift = _int4_grid(weight, codes, zero, self.group, 136)
+        integers = _integers(weight).moved(136, 255)
+        low = integers.codes & 15
+        self.codes, self.high = _int4_pack(low, 1), _int4_pack(integers.codes >> 4, 1)
+        scale, shift = integers.grid(self.group, 136)
         low_shift = (8 - _means(low, self.group)).t() * scale
         high_shift = (shift - low_shift).bfloat16().float()
         self.grid = torch.stack([scale, shift - high_shift], dim=-1).bfloat16()
@@ -291,33 +374,60 @@ def _int4_group(columns: int, group: int) -> int:
     return next((g for g in (256, 128, 64, 32) if columns % g == 0 and (group % g == 0 or group >= columns)), 0)
 
 
-def _moved(weight: PackedWeight, centre: int, top: int) -> tuple[Tensor, Tensor]:
-    """Codes (out, in) and zeros (out or 1, groups), int32, moved together so that zeros come near to `centre`.
+@dataclass(frozen=True)
+class Integers:
+    """What an operator for integers can take, however it is stored: (codes - zero) * scale + offset."""
 
-    As far as codes stay within 0 and `top`. A zero at the centre needs no z, which would be rounded.
-    """
+    codes: Tensor  # (out, in) int32, 0 to 2**bits - 1
+    bits: int
+    group: int
+    zero: Tensor  # (out or 1, groups) int32
+    scale: Tensor  # (out, groups) float32
+    offset: Tensor | None  # (out or 1, groups)
+
+    def moved(self, centre: int, top: int) -> Integers:
+        """The same with codes moved together with their zeros, so that these come near to `centre`.
+
+        As far as codes stay within 0 and `top`. A zero at the centre needs no z, which would be rounded.
+        """
+        move = (centre - self.zero).clamp(0, top + 1 - 2**self.bits)
+        columns = torch.arange(self.codes.shape[1]) // self.group
+        return replace(self, codes=self.codes + move[:, columns], zero=self.zero + move)
+
+    def grid(self, group: int, centre: int) -> tuple[Tensor, Tensor]:
+        """s and z of ``(q - centre) * s + z``, each (in / group, out) float32, s a bfloat16 in value.
+
+        The rounding of s makes a weight wrong by ``(q - middle) * (s - scale)``. The middle is the mean of a group's
+        codes: otherwise activations of one sign would add up an error of one sign.
+        """
+        rows, columns = self.codes.shape
+        own = torch.arange(0, columns, group) // self.group
+        scale, zero = self.scale[:, own], self.zero.float().expand(rows, -1)[:, own]
+        rounded = scale.bfloat16().float()
+        middle = _means(self.codes, group)
+        shift = (centre - middle) * rounded + (middle - zero) * scale
+        if self.offset is not None:
+            shift = shift + self.offset.float().expand(rows, -1)[:, own]
+        return rounded.t(), shift.t()
+
+
+def _integers(weight: PackedWeight) -> Integers:
+    """The weight as integers; see refuses for which weights are."""
+    codes, bits = codes_of(weight).int(), weight.bits
     zero = weight.zero if isinstance(weight.zero, Tensor) else torch.tensor([[weight.zero]]).expand(1, weight.groups)
     zero = zero.int()
-    move = (centre - zero).clamp(0, top + 1 - 2**weight.bits)
-    columns = torch.arange(weight.shape[1]) // weight.group
-    return unpack(weight.packed, weight.bits, weight.shape[1]) + move[:, columns], zero + move
-
-
-def _int4_grid(weight: PackedWeight, codes: Tensor, zero: Tensor, group: int, centre: int) -> tuple[Tensor, Tensor]:
-    """s and z of ``(q - centre) * s + z``, each (in / group, out) float32, s a bfloat16 in value.
-
-    The rounding of s makes a weight wrong by ``(q - middle) * (s - scale)``. The middle is the mean of a group's codes:
-    otherwise activations of one sign would add up an error of one sign.
-    """
-    columns = torch.arange(0, weight.shape[1], group) // weight.group
-    rows = weight.shape[0]
-    scale, zero = (grid.float().expand(rows, -1)[:, columns] for grid in (weight.scale, zero))
-    rounded = scale.bfloat16().float()
-    middle = _means(codes, group)
-    shift = (centre - middle) * rounded + (middle - zero) * scale
-    if weight.offset is not None:
-        shift = shift + weight.offset.float().expand(rows, -1)[:, columns]
-    return rounded.t(), shift.t()
+    scale = scale_of(weight).squeeze(-1).expand(weight.shape[0], -1)
+    if weight.signed:
+        middle = 2 ** (bits - 1)
+        codes, zero = codes ^ middle, zero + middle
+    if weight.levels is not None:
+        found = integer_levels(weight.levels)
+        assert found is not None
+        levels, exponent = found
+        least = levels.min()
+        codes, bits = (levels - least).int()[codes], bits_of(levels)
+        zero, scale = zero - least, scale * 2.0**-exponent
+    return Integers(codes, bits, weight.group, zero, scale, weight.offset)
 
 
 def _means(codes: Tensor, group: int) -> Tensor:

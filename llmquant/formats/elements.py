@@ -158,7 +158,7 @@ class Whole(Element):
         if self.storage == "unsigned":
             return codes
         if self.storage == "sign_magnitude":
-            return codes.abs().view(torch.uint8) | (codes < 0).to(torch.uint8) << (self.bits - 1)
+            return codes.abs().bitwise_or_(codes & -(2 ** (self.bits - 1))).view(torch.uint8) & 2**self.bits - 1
         moved = codes + 2 ** (self.bits - 1) if self.storage == "offset" else codes  # int8 wraps
         return moved.view(torch.uint8) & (2**self.bits - 1)
 
@@ -167,8 +167,8 @@ class Whole(Element):
         if self.storage == "unsigned":
             return stored
         if self.storage == "sign_magnitude":
-            magnitude = (stored & half - 1).view(torch.int8)
-            return torch.where(stored & half > 0, -magnitude, magnitude)
+            sign = -(stored >> self.bits - 1).view(torch.int8)  # 0 or -1
+            return (stored & half - 1).view(torch.int8).bitwise_xor_(sign).sub_(sign)
         moved = stored if self.storage == "offset" else stored ^ half
         return (moved - half).view(torch.int8)  # uint8 wraps to the two's complement
 

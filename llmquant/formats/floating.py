@@ -97,7 +97,7 @@ class FP8(Scalar):
 
     def _pack_grid(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
         if self.granularity == "block":
-            return {"weight_scale": grid.scale[::SIDE].to(self._stored_scale)}
+            return {"weight_scale": grid.scale[::SIDE].to(self._stored_scale).contiguous()}
         return super()._pack_grid(grid, shape)
 
     def _unpack_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Grid:

@@ -54,8 +54,7 @@ class Integer(Scalar):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise PlanError(f"int{self.bits}: integers have 2 to 8 bits")
-        if isinstance(self.granularity, int) and self.granularity < 1:
-            raise PlanError(f"int{self.bits}:g{self.granularity}: a group has at least one column")
+        super().__post_init__()
 
     @property
     def spec(self) -> str:

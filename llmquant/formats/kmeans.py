@@ -83,6 +83,7 @@ class KMeans(Scalar):
         return replace(grid, levels=table)
 
     def _stored_levels(self, levels: Tensor) -> Tensor:
+        self._checked(Grid(levels.to(self._stored_scale).float(), None, 1))
         return levels.to(self._stored_scale).float()
 
     def _with_table(self, levels: Tensor) -> Levels:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmquant.formats import clipping, options, packing
+from llmquant.formats import options, packing
 from llmquant.formats.base import PIECE, Grid, TensorSpec
 from llmquant.formats.elements import Element, Whole
 from llmquant.formats.scalar import Scalar
@@ -71,24 +71,28 @@ class MicroExponent(Scalar):
         return Grid(scale, None, PAIR)
 
     def _plain(self, x: Tensor) -> Tensor:
-        """x (rows, blocks, pairs, 2) -> the scale of every pair."""
+        """x (rows, blocks, 16) -> the scale of every pair, (rows, blocks, 8)."""
         shared, own = _exponents(x)
-        lowered = (own < shared).float()
-        return self._scale(shared) * (1 - lowered / 2)
+        return torch.where(own < shared, self._scale(shared) / 2, self._scale(shared))
 
     def _best(self, x: Tensor, importance: Tensor | None) -> Tensor:
-        shared, _ = _exponents(x)
-        plain = self._plain(x)
-        least = clipping.weighted_loss(self._error(x, plain, None), importance).sum(-1, keepdim=True)
+        shared, own = _exponents(x)
         scales = [self._scale(shared + offset) for offset in (1, 0, -1, -2)]
-        losses = [clipping.weighted_loss(self._error(x, scale.expand_as(plain), None), importance) for scale in scales]
-        best = plain
+        losses = [self._loss(x, scale, importance) for scale in scales]
+        best = torch.where(own < shared, scales[2], scales[1])
+        least = torch.where(own < shared, losses[2], losses[1]).sum(-1, keepdim=True)
         for (high, low), (at_high, at_low) in zip(pairwise(scales), pairwise(losses), strict=True):
             loss = torch.minimum(at_high, at_low).sum(-1, keepdim=True)
             better = loss < least
             best = torch.where(better, torch.where(at_low <= at_high, low, high), best)
             least = torch.where(better, loss, least)
         return best
+
+    def _loss(self, x: Tensor, scale: Tensor, importance: Tensor | None) -> Tensor:
+        """Of every pair, (rows, blocks, 8), for the scale (rows, blocks, 1) of a block."""
+        squares = self._error(x, scale.squeeze(-1), None).square_()
+        first, second = _pairs(squares if importance is None else squares.mul_(importance))
+        return first + second  # many times as fast as the sum over a dimension of two
 
     def _scale(self, shared: Tensor) -> Tensor:
         """The scale of pairs that are not lowered, for a block's exponent + 127; 0 where that is no byte above 0."""
@@ -119,36 +123,42 @@ class MicroExponent(Scalar):
     def _pack_grid(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
         columns = self._stored_columns(shape[1])
         scale = functional.pad(grid.scale, (0, columns // PAIR - grid.scale.shape[1])).unflatten(1, (-1, BLOCK // PAIR))
-        shared = scale.amax(-1)
-        lowered = ((scale < shared.unsqueeze(-1)) | (scale == 0)).to(torch.uint8)
-        byte = (shared * (1 / self._unit)).view(torch.int32) >> 23
+        shared = scale.amax(-1, keepdim=True)
+        lowered = (scale < shared) | (scale == 0)
+        byte = (shared.squeeze(-1) * (1 / self._unit)).view(torch.int32) >> 23
         return {
             "weight_scale": byte.to(torch.uint8),
-            "weight_micro_exponent": packing.pack_bits(lowered.flatten(1), 1),
+            "weight_micro_exponent": packing.pack_bits(lowered.flatten(1).view(torch.uint8), 1),
         }
 
     def _unpack_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Grid:
         lowered = packing.unpack_bits(named["weight_micro_exponent"], 1, self._stored_columns(shape[1]) // PAIR)
-        shared = self._scale(named["weight_scale"].int()).repeat_interleave(BLOCK // PAIR, dim=1)
-        return Grid((shared * (1 - lowered / 2))[:, : -(-shape[1] // PAIR)], None, PAIR)
+        shared = self._scale(named["weight_scale"].int()).unsqueeze(-1)
+        scale = torch.where(lowered.view(torch.bool).unflatten(1, (-1, BLOCK // PAIR)), shared / 2, shared)
+        return Grid(scale.flatten(1)[:, : -(-shape[1] // PAIR)].contiguous(), None, PAIR)
 
     def _kernel_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
         return {
             "group": BLOCK,
             "scale": named["weight_scale"].view(torch.float8_e8m0fnu),
-            "outer": torch.tensor([[self._unit]]),
+            "outer": torch.full((1, 1), self._unit, device=named["weight_scale"].device),
             "micro": named["weight_micro_exponent"],
         }
 
 
 def _in_blocks(x: Tensor) -> Tensor:
-    """(rows, columns) -> (rows, blocks, pairs, 2), with zeros for what a last block lacks."""
-    return functional.pad(x, (0, -x.shape[1] % BLOCK)).view(x.shape[0], -1, BLOCK // PAIR, PAIR)
+    """(rows, columns) -> (rows, blocks, 16), with zeros for what a last block lacks."""
+    return functional.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+
+
+def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the second of every pair."""
+    return x[..., ::PAIR], x[..., 1::PAIR]
 
 
 def _exponents(x: Tensor) -> tuple[Tensor, Tensor]:
-    """floor(log2 |x|) + 127 of blocks (rows, blocks, 1) and pairs, int32; 0 for zeros and subnormals."""
-    own = x.abs().amax(-1).view(torch.int32) >> 23
+    """floor(log2 |x|) + 127 of blocks (rows, blocks, 1) and pairs (rows, blocks, 8), int32; 0 for subnormals too."""
+    own = torch.maximum(*_pairs(x.abs())).view(torch.int32) >> 23
     return own.amax(-1, keepdim=True), own
 
 

@@ -120,7 +120,11 @@ class MX(Scalar):
     def _kernel_grid(self, named: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
         fields: dict[str, Any] = {"scale": named["weight_scale"].view(torch.float8_e8m0fnu)}
         if isinstance(self.element, Whole):
-            fields |= {"levels": None, "signed": True, "outer": torch.tensor([[self.element.unit]])}
+            fields |= {
+                "levels": None,
+                "signed": True,
+                "outer": torch.full((1, 1), self.element.unit, device=fields["scale"].device),
+            }
         return fields
 
 

@@ -9,6 +9,8 @@ whole byte or word. As little-endian int32 words these are the bytes that compre
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,46 +23,60 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     rows, n = codes.shape
     if bits == 8:
         return codes.contiguous()
-    padded = torch.nn.functional.pad(codes, (0, -n % CODES)) if n % CODES else codes
-    eight = padded.view(rows, -1, CODES)
-    if bits in (1, 2, 4):
-        stream = _pack_within_bytes(eight, bits)
-    else:
-        words = eight[..., 0].long()
-        for i in range(1, CODES):
-            words |= eight[..., i].long() << (i * bits)
-        stream = words.unsqueeze(-1).view(torch.uint8)[..., :bits]
-    return stream.reshape(rows, -1)[:, : -(-n * bits // 8)].contiguous()
-
-
-def _pack_within_bytes(eight: Tensor, bits: int) -> Tensor:
-    per_byte = 8 // bits
-    fields = eight.view(*eight.shape[:-1], bits, per_byte)
-    stream = fields[..., 0].clone()
-    for i in range(1, per_byte):
-        stream |= fields[..., i] << (i * bits)
+    stream = torch.empty(rows, -(-n * bits // 8), dtype=torch.uint8, device=codes.device)
+    for some in _pieces(rows, n):
+        eights = torch.nn.functional.pad(codes[some], (0, -n % CODES)).contiguous().view(torch.int64)
+        packed = _squeeze(eights, bits).unsqueeze(-1).view(torch.uint8)[..., :bits]
+        stream[some] = packed.flatten(1)[:, : stream.shape[1]]
     return stream
 
 
 def unpack_bits(stream: Tensor, bits: int, n: int) -> Tensor:
     """(rows, at least ceil(n * bits / 8)) uint8 -> the first n unsigned codes of every row, (rows, n) uint8."""
     assert stream.dtype == torch.uint8, stream.dtype
-    rows = stream.shape[0]
-    stream = stream[:, : -(-n * bits // 8)]
+    rows, eights = stream.shape[0], -(-n // CODES)
     if bits == 8:
-        return stream.contiguous()
-    mask = (1 << bits) - 1
-    if bits in (1, 2, 4):
-        codes = torch.empty(rows, stream.shape[1], 8 // bits, dtype=torch.uint8, device=stream.device)
-        for i in range(8 // bits):
-            codes[..., i] = (stream >> (i * bits)) & mask
-    else:
-        stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % bits)).view(rows, -1, bits)
-        words = torch.nn.functional.pad(stream, (0, 8 - bits)).view(torch.int64).squeeze(-1)
-        codes = torch.empty(*words.shape, CODES, dtype=torch.uint8, device=stream.device)
-        for i in range(CODES):
-            codes[..., i] = (words >> (i * bits)) & mask
-    return codes.view(rows, -1)[:, :n].contiguous()
+        return stream[:, :n].contiguous()
+    stream = stream[:, : eights * bits]
+    codes = torch.empty(rows, n, dtype=torch.uint8, device=stream.device)
+    for some in _pieces(rows, n):
+        packed = torch.nn.functional.pad(stream[some], (0, eights * bits - stream.shape[1])).unflatten(1, (-1, bits))
+        words = torch.nn.functional.pad(packed, (0, CODES - bits)).view(torch.int64).squeeze(-1)
+        codes[some] = _spread(words, bits).view(torch.uint8)[:, :n]
+    return codes
+
+
+def _squeeze(eights: Tensor, bits: int) -> Tensor:
+    """int64 of eight codes, one to the byte, -> int64 with the eight side by side in its low bits.
+
+    Neighbours are brought together in pairs, then pairs, then fours: three steps whatever the bits.
+    """
+    for lane in (8, 16, 32):
+        held = bits * lane // 8
+        low, high = _masks(lane, held)
+        eights = eights.bitwise_and(low).bitwise_or_(eights.bitwise_right_shift(lane - held).bitwise_and_(high))
+    return eights
+
+
+def _spread(words: Tensor, bits: int) -> Tensor:
+    """The inverse of _squeeze."""
+    for lane in (32, 16, 8):
+        held = bits * lane // 8
+        low, high = _masks(lane, held)
+        words = words.bitwise_and(low).bitwise_or_(words.bitwise_and(high).bitwise_left_shift_(lane - held))
+    return words
+
+
+def _masks(lane: int, held: int) -> tuple[int, int]:
+    """In every two lanes that are brought together: the bits of the lower one, and those above where the other goes."""
+    low = sum(((1 << held) - 1) << at for at in range(0, 64, 2 * lane))
+    return low, low << held
+
+
+def _pieces(rows: int, n: int) -> Iterator[slice]:
+    """A few rows at a time, which stay in cache from step to step."""
+    step = max(1, 2**18 // max(n, 1))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def words_per_row(n: int, bits: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmquant.errors import PlanError, ScaleOverflow
 from llmquant.formats import clipping, packing
-from llmquant.formats.base import Format, Granularity, Grid, TensorSpec, check_finite
+from llmquant.formats.base import PIECE, Format, Granularity, Grid, TensorSpec, check_finite
 from llmquant.formats.elements import Element
 from llmquant.formats.options import SCALE_NAMES
 from llmquant_kernels import PackedWeight
@@ -35,6 +35,10 @@ class Scalar(Format):
     granularity: Granularity
     scale_dtype: torch.dtype | None  # None: float16, or bfloat16 for a bfloat16 weight
     clip_modes: tuple[str, ...] = ("search", "minmax")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.granularity, int) and self.granularity < 1:
+            raise PlanError(f"{self.spec}: a group has at least one column")
 
     @property
     @abstractmethod
@@ -255,10 +259,14 @@ class Scalar(Format):
         return {} if told else {"weight_shape": TensorSpec((2,), torch.int64)}
 
     def _pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
-        return {"weight_packed": packing.pack_bits(self.element.stored(codes), self.element.bits)}
+        pieces = [packing.pack_bits(self.element.stored(some), self.element.bits) for some in _few_rows(codes)]
+        return {"weight_packed": torch.cat(pieces)}
 
     def _unpack_codes(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return self.element.unstored(packing.unpack_bits(named["weight_packed"], self.element.bits, shape[1]))
+        pieces = _few_rows(named["weight_packed"])
+        return torch.cat(
+            [self.element.unstored(packing.unpack_bits(some, self.element.bits, shape[1])) for some in pieces]
+        )
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {"weight_scale": TensorSpec(self._scale_shape(shape), self._stored_scale)}
@@ -276,6 +284,11 @@ class Scalar(Format):
     @staticmethod
     def _two_dimensional(scale: Tensor) -> Tensor:
         return scale.view(1, 1) if scale.dim() == 1 else scale
+
+
+def _few_rows(x: Tensor) -> tuple[Tensor, ...]:
+    """A few rows at a time, which stay in cache from step to step."""
+    return x.split(max(1, PIECE // x.shape[1]))
 
 
 def _ratio(x: Tensor, scale: Tensor) -> Tensor:
