@@ -317,6 +317,10 @@ def test_formats_table(run: Run) -> None:
     assert code == 0
     assert rows["int4:g64"]["normal"] == pytest.approx(20.9, abs=0.1)
     assert rows["int2:g64"]["normal"] > 8.7
+    assert rows["mx6"]["bits_per_weight"] == [6, 6]
+    assert rows["mx6"]["normal"] == pytest.approx(28.3, abs=0.2)
+    assert rows["nvfp4"]["normal"] == pytest.approx(21.8, abs=0.1)
+    assert rows["mxfp4"]["readers"] == "vLLM, HF"
 
 
 def test_every_command_has_help(run: Run) -> None:

@@ -512,6 +512,7 @@ def theirs(fmt: Scalar, arguments: dict[str, Any], compressor: str) -> Tensor:
 )
 def test_floats_are_the_bytes_of_compressed_tensors(spec: str, compressor: str, arguments: dict[str, Any]) -> None:
     fmt = settled(spec)
+    assert fmt.compressed_tensors == compressor
     found = theirs(fmt, {"type": "float", **arguments}, compressor)
     codes, grid = fmt.quantize(weights(256, 256, seed=14))
     ours = fmt.decode(codes, grid)

@@ -137,17 +137,21 @@ CASES = [
 @pytest.mark.parametrize("keep_decoded", [False, True])
 def test_linear_is_as_accurate_as_dense_bfloat16(case: Case, keep_decoded: bool) -> None:
     weight, exact = draw(case)
+    check_linear(weight, exact, ROWS, keep_decoded)
+
+
+def check_linear(weight: PackedWeight, exact: Tensor, numbers_of_rows: tuple[int, ...], keep_decoded: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     # Activations that are not centred punish errors that the columns of a group share.
-    x = torch.randn(max(ROWS), case.shape[1], generator=generator) + 0.5
+    x = torch.randn(max(numbers_of_rows), exact.shape[1], generator=generator) + 0.5
     dense = functional.linear(x.to(BF16), exact.to(BF16)).double() - x.to(BF16).double() @ exact.t()
     for dtype in (BF16, F16, F32):
         prepared = kernels.prepare(weight, dtype=dtype, keep_decoded=keep_decoded)
         error = []
-        for rows in ROWS:
+        for rows in numbers_of_rows:
             y = kernels.linear(x[:rows].to(dtype), prepared)
             assert y.dtype == dtype
-            assert y.shape == (rows, case.shape[0])
+            assert y.shape == (rows, exact.shape[0])
             error.append(rms(y.double() - x[:rows].to(dtype).double() @ exact.t()))
         allowed = {BF16: 2.0, F16: 0.5, F32: 1e-3}[dtype] * rms(dense)
         assert max(error[2:]) <= allowed + 1e-12, (prepared.name, error, allowed)
@@ -316,6 +320,243 @@ def test_many_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(kernels.linear(x, kept, bias).double(), x.double() @ exact.t() + bias, atol=1e-4)
 
 
+# ---- every kind of number, built from codes by numpy
+
+
+def floats(exponent: int, mantissa: int, bias: int) -> np.ndarray:
+    """What the codes sign | exponent | mantissa of so many bits stand for, no special values, float64."""
+    code = np.arange(2 ** (1 + exponent + mantissa))
+    e, m = code >> mantissa & 2**exponent - 1, code & 2**mantissa - 1
+    size = np.where(e == 0, np.ldexp(m, 1 - bias - mantissa), np.ldexp(2**mantissa + m, e - bias - mantissa))
+    return np.where(code >> (exponent + mantissa), -size, size)
+
+
+def sign_magnitude(bits: int) -> np.ndarray:
+    code = np.arange(2**bits)
+    size = (code & 2 ** (bits - 1) - 1).astype(np.float64)
+    return np.where(code >> (bits - 1), -size, size)
+
+
+E2M1, E2M3, E3M2, E4M3, E5M2 = floats(2, 1, 1), floats(2, 3, 1), floats(3, 2, 3), floats(4, 3, 7), floats(5, 2, 15)
+E4M3[[0x7F, 0xFF]] = np.nan
+E5M2[[0x7C, 0xFC]] = [np.inf, -np.inf]
+E5M2[[0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]] = np.nan
+NF4 = np.sort(np.random.default_rng(1).normal(size=16)).astype(np.float32).astype(np.float64)
+
+
+@dataclass
+class Kind:
+    """A way to write numbers. scale and outer: their dtype and the shape of their grid, "group", "row" or "tensor"."""
+
+    bits: int
+    group: int
+    scale: torch.dtype = F32
+    per: str = "group"
+    levels: np.ndarray | None = None  # a table
+    tables: torch.dtype | None = None  # a drawn table for each row, of this dtype
+    outer: str | None = None  # float32
+    outer_value: float | None = None
+    zero: int = 0
+    offset: bool = False
+    micro: bool = False
+    signed: bool = False
+    trits: bool = False
+    words: bool = False
+    few: str = "cpu_decode"  # backend of a (64, 256) weight and bfloat16 activations
+
+
+E8M0, F8 = torch.float8_e8m0fnu, torch.float8_e4m3fn
+KINDS = {
+    "mxfp4": Kind(4, 32, E8M0, levels=E2M1, few="cpu_int4_pair"),
+    "mxfp6_e2m3": Kind(6, 32, E8M0, levels=E2M3, few="cpu_int4_pair"),
+    "mxfp6_e3m2": Kind(6, 32, E8M0, levels=E3M2),
+    "mxfp8_e4m3": Kind(8, 32, E8M0, levels=E4M3),
+    "mxfp8_e5m2": Kind(8, 32, E8M0, levels=E5M2),
+    "mxint8": Kind(8, 32, E8M0, outer="tensor", outer_value=1 / 64, signed=True, few="cpu_int4_pair"),
+    "mxint8_row": Kind(8, 10**9, E8M0, outer="tensor", outer_value=1 / 64, signed=True, few="cpu_int8"),
+    "nvfp4": Kind(4, 16, F8, levels=E2M1, outer="tensor"),
+    "mx9": Kind(8, 16, E8M0, levels=sign_magnitude(8), outer="tensor", outer_value=2**-6, micro=True),
+    "mx6": Kind(5, 16, E8M0, levels=sign_magnitude(5), outer="tensor", outer_value=2**-3, micro=True),
+    "mx4": Kind(3, 16, E8M0, levels=sign_magnitude(3), outer="tensor", outer_value=2**-1, micro=True),
+    **{f"vsq{bits}": Kind(bits, 16, torch.uint8, outer="row", zero=2 ** (bits - 1)) for bits in range(3, 9)},
+    "vsq4_g32": Kind(4, 32, torch.uint8, outer="row", zero=8, few="cpu_int4"),
+    "fp8_tensor": Kind(8, 10**9, per="tensor", levels=E4M3),
+    "fp8_row": Kind(8, 10**9, levels=E4M3),
+    "fp8_g128": Kind(8, 128, levels=E5M2),
+    "e2m1_row": Kind(4, 10**9, F16, levels=E2M1, few="cpu_int8"),
+    "nf4": Kind(4, 64, F32, levels=NF4, words=True),
+    "nf4_fp16": Kind(4, 64, F16, levels=NF4),
+    "nf4_bf16": Kind(4, 64, BF16, levels=NF4),
+    "few_levels": Kind(2, 64, F16, levels=np.array([-4.0, -0.5, 0.5, 1.5]), few="cpu_int4"),
+    **{f"kmeans{bits}": Kind(bits, 10**9, per="one", tables=F16) for bits in (1, 2, 3, 4, 5, 8)},
+    "kmeans4_fp32": Kind(4, 10**9, F16, tables=F32, words=True),
+    "kmeans4_g64": Kind(4, 64, F16, tables=BF16),
+    "ternary": Kind(2, 128, F16, zero=1, trits=True, few="cpu_int4"),
+    "ternary_row": Kind(2, 10**9, BF16, zero=1, trits=True, few="cpu_int4"),
+    "binary": Kind(1, 128, F16, offset=True, few="cpu_int4"),
+    "e8m0_offset": Kind(4, 32, E8M0, offset=True, few="cpu_int4"),
+    "e2m1_zero": Kind(4, 64, F16, levels=E2M1, zero=1),
+    "signed4_zero": Kind(4, 64, F16, zero=-3, signed=True, few="cpu_int4"),
+    "signed7_row": Kind(7, 10**9, F16, zero=5, signed=True, few="cpu_int8"),
+    **{f"signed{bits}": Kind(bits, 64, F16, signed=True, few="cpu_int4") for bits in range(1, 5)},
+    **{f"signed{bits}": Kind(bits, 64, F16, signed=True, few="cpu_int4_pair") for bits in range(5, 9)},
+}
+SHAPES = ((64, 256), (16, 160), (33, 172), (5, 35), (1, 50), (17, 1), (1, 1))
+
+
+def pack_bytes(codes: np.ndarray, bits: int, spare: int) -> Tensor:
+    words = pack(codes, bits, 0).view(torch.uint8)[:, : -(-codes.shape[1] * bits // 8)]
+    return functional.pad(words, (0, spare), value=0xA5)
+
+
+def pack_trits(codes: np.ndarray) -> Tensor:
+    fives = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 5))).reshape(len(codes), -1, 5)
+    return torch.from_numpy((fives * 3 ** np.arange(5)).sum(-1).astype(np.uint8))
+
+
+def draw_scale(kind: Kind, shape: tuple[int, int], reach: float, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+    """A scale for levels up to `reach` and its value, float64."""
+    if kind.per == "one":
+        return torch.ones(1, 1), np.ones((1, 1))
+    if kind.scale == E8M0:
+        byte = rng.integers(120, 127, shape) - int(np.log2(reach))
+        return torch.from_numpy(byte.astype(np.uint8)).view(E8M0), np.exp2(byte - 127.0)
+    if kind.scale == torch.uint8:
+        integer = rng.integers(0, 64, shape)
+        return torch.from_numpy(integer.astype(np.uint8)), integer.astype(np.float64)
+    if kind.scale == F8:
+        byte = rng.integers(0, 0x7F, shape)
+        return torch.from_numpy(byte.astype(np.uint8)).view(F8), E4M3[byte]
+    scale = torch.from_numpy(rng.normal(size=shape) / reach).to(kind.scale)
+    return scale, scale.double().numpy()
+
+
+def draw_kind(kind: Kind, shape: tuple[int, int], spare: int = 0) -> tuple[PackedWeight, Tensor]:
+    """A weight of the kind and what it stands for, (out, in) float64. Finite numbers only."""
+    rng = np.random.default_rng(0)
+    rows, columns = shape
+    groups = -(-columns // kind.group)
+    c = np.arange(columns)
+    legal = np.flatnonzero(np.isfinite(kind.levels)) if kind.levels is not None else np.arange(2**kind.bits)
+    codes = rng.choice(legal[: 3 if kind.trits else None], shape)
+    level = codes.astype(np.float64)
+    levels: Tensor | None = None
+    if kind.signed:
+        level -= np.where(codes >= 2 ** (kind.bits - 1), 2**kind.bits, 0)
+    elif kind.levels is not None:
+        levels, level = torch.from_numpy(kind.levels).float(), kind.levels[codes]
+    elif kind.tables is not None:
+        levels = torch.from_numpy(rng.normal(size=(rows, 2**kind.bits))).to(kind.tables)
+        level = np.take_along_axis(levels.double().numpy(), codes, axis=1)
+    scale, factor = draw_scale(
+        kind, (1 if kind.per in ("tensor", "one") else rows, groups), np.abs(level).max() + 1, rng
+    )
+    outer: Tensor | None = None
+    if kind.outer is not None:
+        value = np.exp2(rng.uniform(-8, -4, (rows if kind.outer == "row" else 1, 1)))
+        outer = torch.from_numpy(value if kind.outer_value is None else value * 0 + kind.outer_value).float()
+        factor = (factor * outer.double().numpy()).astype(np.float32).astype(np.float64)
+    exact = (level - kind.zero) * factor[:, c // kind.group]
+    micro: Tensor | None = None
+    if kind.micro:
+        stored = rng.integers(0, 256, (rows, -(-columns // 16)))
+        exact = exact * np.where(stored[:, c // 16] >> (c % 16 // 2) & 1, 0.5, 1.0)
+        micro = torch.from_numpy(stored.astype(np.uint8))
+    offset: Tensor | None = None
+    if kind.offset:
+        offset = -scale.float() / 2  # the scale of -1 and 1 is twice theirs
+        offset = offset if kind.scale == E8M0 else offset.to(kind.scale)
+        exact = exact + offset.double().numpy()[:, c // kind.group]
+    if kind.trits:
+        packed = functional.pad(pack_trits(codes), (0, spare))
+    else:
+        packed = pack(codes, kind.bits, spare) if kind.words else pack_bytes(codes, kind.bits, spare)
+    weight = PackedWeight(
+        packed, kind.bits, shape, kind.group, scale, kind.zero, offset, levels, outer, micro, kind.signed, kind.trits
+    )
+    return weight, torch.from_numpy(exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_decode_exactly(name: str, shape: tuple[int, int]) -> None:
+    for spare in (0, 3):
+        weight, exact = draw_kind(KINDS[name], shape, spare)
+        decoded = kernels.decode(weight, F32)
+        assert torch.equal(decoded, exact.float())
+        assert torch.equal(decoded.signbit(), exact.signbit()) or KINDS[name].zero or KINDS[name].offset
+        for dtype in (BF16, F16):
+            assert torch.equal(kernels.decode(weight, dtype), decoded.to(dtype))
+        for dtype in (BF16, F16, F32):
+            kept = kernels.prepare(weight, dtype=dtype, keep_decoded=True)
+            assert torch.equal(kept.decoded, decoded.to(dtype))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("keep_decoded", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_multiply(name: str, shape: tuple[int, int], keep_decoded: bool) -> None:
+    weight, exact = draw_kind(KINDS[name], shape)
+    check_linear(weight, exact, (1, 2, 8, 16, 17, 33), keep_decoded)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_many_blocks_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmquant_kernels.cpu.BLOCK", 16 * 128)
+    weight, exact = draw_kind(KINDS[name], (41, 128), spare=1)
+    x = torch.randn(40, 128)
+    y = kernels.linear(x, kernels.prepare(weight, dtype=F32)).double()
+    assert torch.allclose(y, x.double() @ exact.t(), atol=1e-5 * exact.abs().max().item() * 128)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_go_to_the_backend_for_them(name: str) -> None:
+    """And the same one where only the levels, which are constants, are not on meta."""
+    weight, _ = draw_kind(KINDS[name], (64, 256))
+    assert kernels.choose(weight.facts(), BF16)[0] == KINDS[name].few
+    assert kernels.choose(weight.facts(), F32)[0] == "cpu_decode"
+    constant = [] if KINDS[name].tables else ["levels"]
+    meta: dict[str, Any] = {
+        field: value.to("meta") if isinstance(value, Tensor) and field not in constant else value
+        for field, value in vars(weight).items()
+    }
+    assert PackedWeight(**meta).facts() == weight.facts()
+    assert hash(weight.facts()) == hash(PackedWeight(**meta).facts())
+
+
+def test_every_power_of_two_is_a_scale() -> None:
+    """Subnormal numbers included; the last byte is NaN."""
+    scale = torch.arange(256, dtype=torch.uint8).view(16, 16).view(E8M0)
+    weight = PackedWeight(torch.full((16, 16), 1, dtype=torch.uint8), 8, (16, 16), 1, scale)
+    exact = torch.exp2(torch.arange(256, dtype=torch.float64) - 127).view(16, 16)
+    decoded = kernels.decode(weight, F32)
+    assert torch.equal(decoded.flatten()[:-1].double(), exact.flatten()[:-1])
+    assert decoded[-1, -1].isnan()
+
+
+def test_codes_that_are_not_numbers_spoil_only_themselves() -> None:
+    codes = np.full((16, 64), 0x38)
+    codes[3, 5] = 0x7F
+    weight = PackedWeight(
+        pack_bytes(codes, 8, 0), 8, (16, 64), 32, torch.ones(16, 2), levels=torch.from_numpy(E4M3).float()
+    )
+    for dtype in (BF16, F32):
+        kept = kernels.prepare(weight, dtype=dtype, keep_decoded=True)
+        assert kept.decoded.isnan().nonzero().tolist() == [[3, 5]]  # type: ignore[attr-defined]
+
+
+def test_rows_of_bytes_may_lie_anywhere() -> None:
+    weight, _ = draw_kind(KINDS["mxfp4"], (64, 256))
+    storage = torch.zeros(64 * 131 + 1, dtype=torch.uint8)
+    packed = storage[1:].view(64, 131)[:, :128]
+    packed.copy_(weight.packed)
+    moved = PackedWeight(**{**vars(weight), "packed": packed})
+    x = torch.randn(3, 256)
+    for dtype in (BF16, F32):
+        y = kernels.linear(x.to(dtype), kernels.prepare(moved, dtype=dtype))
+        assert torch.equal(y, kernels.linear(x.to(dtype), kernels.prepare(weight, dtype=dtype)))
+
+
 REFUSALS: list[tuple[str, dict[str, Any], torch.dtype, str, str]] = [
     # backend asked, facts, dtype, backend chosen, words of the reason
     ("cpu_int4", {"bits": 4, "group": 128}, F32, "cpu_decode", "bfloat16 activations only"),
@@ -334,6 +575,23 @@ REFUSALS: list[tuple[str, dict[str, Any], torch.dtype, str, str]] = [
         "cpu_decode",
         "multiple of 16, not 100",
     ),
+    ("cpu_int8", {"bits": 8, "group": 256, "zero": 1, "signed": True}, BF16, "cpu_int4_pair", "a zero point of 1 do"),
+    (
+        "cpu_int4",
+        {"bits": 8, "group": 64, "has_levels": True, "integer_bits": 5},
+        BF16,
+        "cpu_int4_pair",
+        "4 bits, not 5",
+    ),
+    ("cpu_int4", {"bits": 4, "group": 64, "has_levels": True, "integer_bits": 4}, F32, "cpu_decode", "bfloat16"),
+    (
+        "cpu_int4",
+        {"bits": 4, "group": 64, "zero": 3, "has_levels": True, "integer_bits": 4},
+        BF16,
+        "cpu_decode",
+        "zero",
+    ),
+    ("cpu_int4_pair", {"bits": 8, "group": 64, "has_micro": True}, BF16, "cpu_decode", "no micro-exponents"),
     ("cpu_int4_pair", {"bits": 8, "group": 8, "zero": 128}, BF16, "cpu_decode", "multiples of 32, not 256 and 8"),
     ("cpu_decode", {"bits": 4, "group": 128, "device": "cuda"}, BF16, "reference", "the weight is on cuda"),
 ]
@@ -376,6 +634,7 @@ GOOD: dict[str, Any] = {
     "group": 32,
     "scale": torch.ones(4, 2),
 }
+TRITS: dict[str, Any] = {"packed": torch.zeros(4, 13, dtype=torch.uint8), "bits": 2, "trits": True}
 
 
 @pytest.mark.parametrize(
@@ -387,19 +646,44 @@ GOOD: dict[str, Any] = {
         ({"shape": (5, 64)}, ValueError, r"packed must be \(5, 8 or more\)"),
         ({"group": 0}, ValueError, "must be positive"),
         ({"group": 16}, ValueError, r"scale must be \(4 or 1, 4\), not \(4, 2\)"),
-        ({"packed": torch.zeros(4, 8)}, TypeError, "packed must be int32"),
+        ({"packed": torch.zeros(4, 8)}, TypeError, "packed must be int32 or uint8"),
+        ({"packed": torch.zeros(4, 31, dtype=torch.uint8)}, ValueError, r"packed must be \(4, 32 or more\) for 4 bits"),
+        ({**TRITS, "packed": torch.zeros(4, 12, dtype=torch.uint8)}, ValueError, r"\(4, 13 or more\) for trits"),
+        ({**TRITS, "packed": GOOD["packed"]}, TypeError, "packed must be uint8 for trits, not torch.int32"),
+        ({**TRITS, "bits": 4}, ValueError, "trits must have 2 bits"),
+        ({**TRITS, "signed": True}, ValueError, "neither signed nor codes of levels"),
+        ({**TRITS, "levels": torch.ones(4)}, ValueError, "neither signed nor codes of levels"),
+        ({"signed": True, "levels": torch.ones(16)}, ValueError, "signed codes are integers"),
+        ({"outer": torch.ones(4, 1).double()}, TypeError, "outer must be float16, bfloat16 or float32"),
+        ({"outer": torch.ones(4, 2)}, ValueError, r"outer must be \(4 or 1, 1\), not \(4, 2\)"),
+        ({"outer": torch.ones(4)}, ValueError, r"outer must be \(4 or 1, 1\), not \(4,\)"),
+        ({"micro": torch.zeros(4, 4, dtype=torch.int8)}, TypeError, "micro must be uint8"),
+        ({"micro": torch.zeros(4, 4, dtype=torch.uint8)}, ValueError, r"micro must be \(4, 4\) .* for groups of 32"),
+        (
+            {"micro": torch.zeros(1, 4, dtype=torch.uint8), "group": 16, "scale": torch.ones(4, 4)},
+            ValueError,
+            r"micro must be \(4, 4\) for groups of 16, not \(1, 4\)",
+        ),
         ({"scale": torch.ones(4, 2).double()}, TypeError, "scale must be"),
         ({"scale": torch.ones(2, 2)}, ValueError, r"scale must be \(4 or 1, 2\)"),
         ({"zero": torch.ones(4, 2)}, TypeError, "zero must have an integer dtype"),
         ({"zero": torch.ones(4, 1, dtype=torch.uint8)}, ValueError, r"zero must be \(4 or 1, 2\)"),
         ({"offset": torch.ones(4, 2).half()}, TypeError, "offset must have the dtype of scale"),
-        ({"levels": torch.ones(8)}, ValueError, r"levels must be \(16,\)"),
-        ({"levels": torch.ones(16).half()}, TypeError, "levels must be float32"),
+        (
+            {"scale": torch.ones(4, 2, dtype=torch.uint8), "offset": torch.ones(4, 2).half()},
+            TypeError,
+            "offset must be float32 where scale is torch.uint8, not torch.float16",
+        ),
+        ({"levels": torch.ones(8)}, ValueError, r"levels must be \(16,\) or \(4, 16\), not \(8,\)"),
+        ({"levels": torch.ones(3, 16)}, ValueError, r"levels must be \(16,\) or \(4, 16\), not \(3, 16\)"),
+        ({"levels": torch.ones(16).double()}, TypeError, "levels must be float16, bfloat16 or float32"),
+        ({"levels": torch.ones(16, device="meta")}, ValueError, "levels is on meta but packed is on cpu"),
         ({"scale": torch.ones(4, 2, device="meta")}, ValueError, "scale is on meta but packed is on cpu"),
     ],
 )
 def test_malformed_weights_are_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
     PackedWeight(**GOOD)
+    PackedWeight(**{**GOOD, **TRITS})
     with pytest.raises(error, match=words):
         PackedWeight(**{**GOOD, **change})
 

@@ -35,7 +35,7 @@ def choose(facts: Facts, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
 
 
 def explain(weight: PackedWeight | Facts, dtype: torch.dtype) -> str:
-    """One line for the backend chosen and one for each that refused before it. Looks at shapes and dtypes only."""
+    """One line for the backend chosen and one for each that refused before it. Reads no value but a table of levels."""
     name, reasons = choose(weight if isinstance(weight, Facts) else weight.facts(), dtype)
     return "\n".join([f"{name}: chosen", *(f"{refused}: refused, {reason}" for refused, reason in reasons.items())])
 

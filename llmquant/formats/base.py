@@ -106,6 +106,11 @@ class Format(ABC):
     def spec(self) -> str:
         """The text that `formats.get` turns into this very format."""
 
+    @property
+    def compressed_tensors(self) -> str | None:
+        """The format of compressed-tensors whose bytes a file of this one has, where there is one."""
+        return None
+
     @abstractmethod
     def stored_for(self, dtype: torch.dtype) -> Format:
         """This format with its scale type, where the spec left it open, settled for a weight of type `dtype`."""

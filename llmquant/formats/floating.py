@@ -44,6 +44,10 @@ class FP8(Scalar):
         return ":".join(parts)
 
     @property
+    def compressed_tensors(self) -> str | None:
+        return "float-quantized" if self.name == "fp8_e4m3" and not isinstance(self.granularity, int) else None
+
+    @property
     def element(self) -> Float:
         return ELEMENTS[self.name]
 

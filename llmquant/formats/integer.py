@@ -65,6 +65,10 @@ class Integer(Scalar):
             parts.append(SCALE_NAMES[self.scale_dtype])
         return ":".join(parts)
 
+    @property
+    def compressed_tensors(self) -> str | None:
+        return None if self.convention == "asym_float" else "pack-quantized"
+
     # ---- what a code means
 
     @property

@@ -36,6 +36,11 @@ ELEMENTS: dict[str, Element] = {
     "mxfp4": E2M1,
     "mxint8": Whole(8, -127, 127, "twos_complement", unit=1 / 64),
 }
+COMPRESSED_TENSORS = {
+    "mxfp8_e4m3": "mxfp8-quantized",
+    "mxfp6_e2m3": "mxfp6-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+}
 MODES = ("mse", "floor", "rceil", "even")
 
 
@@ -51,6 +56,10 @@ class MX(Scalar):
     @property
     def spec(self) -> str:
         return self.name if self.mode == "mse" else f"{self.name}:{self.mode}"
+
+    @property
+    def compressed_tensors(self) -> str | None:
+        return COMPRESSED_TENSORS.get(self.name)
 
     @property
     def element(self) -> Element:

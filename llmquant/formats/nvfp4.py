@@ -42,6 +42,10 @@ class NVFP4(Scalar):
         return "nvfp4"
 
     @property
+    def compressed_tensors(self) -> str | None:
+        return "nvfp4-pack-quantized"
+
+    @property
     def element(self) -> Element:
         return E2M1
 

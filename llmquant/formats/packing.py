@@ -25,8 +25,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     stream = torch.empty(rows, -(-n * bits // 8), dtype=torch.uint8, device=codes.device)
     for some in _pieces(rows, n):
-        eights = torch.nn.functional.pad(codes[some], (0, -n % CODES)).contiguous().view(torch.int64)
-        packed = _squeeze(eights, bits).unsqueeze(-1).view(torch.uint8)[..., :bits]
+        # A copy with strides of its own: a lone row can have any, and pass for contiguous.
+        eights = codes.new_zeros(len(codes[some]), -(-n // CODES) * CODES)
+        eights[:, :n] = codes[some]
+        packed = _squeeze(eights.view(torch.int64), bits).unsqueeze(-1).view(torch.uint8)[..., :bits]
         stream[some] = packed.flatten(1)[:, : stream.shape[1]]
     return stream
 
