@@ -14,7 +14,6 @@ from torch import Tensor
 from llmquant.formats import options
 from llmquant.formats.base import Granularity
 from llmquant.formats.elements import Element, Whole
-from llmquant.formats.options import SCALE_NAMES
 from llmquant.formats.scalar import Scalar
 
 
@@ -43,10 +42,7 @@ class Binary(Scalar):
 
     @property
     def spec(self) -> str:
-        parts = ["binary", options.granularity_name(self.granularity)]
-        if self.scale_dtype is not None:
-            parts.append(SCALE_NAMES[self.scale_dtype])
-        return ":".join(parts)
+        return options.spec("binary", self.granularity, self.scale_dtype)
 
     @property
     def element(self) -> Element:

@@ -19,7 +19,6 @@ from torch.nn import functional
 from llmquant.formats import options
 from llmquant.formats.base import Granularity, Grid, TensorSpec
 from llmquant.formats.elements import E4M3, E5M2, Float
-from llmquant.formats.options import SCALE_NAMES
 from llmquant.formats.scalar import Scalar
 
 ELEMENTS = {"fp8_e4m3": E4M3, "fp8_e5m2": E5M2}
@@ -38,10 +37,8 @@ class FP8(Scalar):
 
     @property
     def spec(self) -> str:
-        parts = [self.name, options.granularity_name(self.granularity)]
-        if self.scale_dtype not in (None, torch.float32):
-            parts.append(SCALE_NAMES[self._stored_scale])
-        return ":".join(parts)
+        scale = None if self.scale_dtype == torch.float32 else self.scale_dtype
+        return options.spec(self.name, self.granularity, scale)
 
     @property
     def compressed_tensors(self) -> str | None:

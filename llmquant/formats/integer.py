@@ -26,7 +26,6 @@ from llmquant.errors import PlanError
 from llmquant.formats import clipping, options, packing
 from llmquant.formats.base import Granularity, Grid, TensorSpec
 from llmquant.formats.elements import Whole
-from llmquant.formats.options import SCALE_NAMES
 from llmquant.formats.scalar import Found, Scalar
 
 CONVENTIONS = ("sym_full", "sym", "sym_gptq", "asym", "asym_float")
@@ -58,12 +57,8 @@ class Integer(Scalar):
 
     @property
     def spec(self) -> str:
-        parts = [f"int{self.bits}", options.granularity_name(self.granularity)]
-        if self.convention != "sym_full":
-            parts.append(self.convention)
-        if self.scale_dtype is not None:
-            parts.append(SCALE_NAMES[self.scale_dtype])
-        return ":".join(parts)
+        convention = None if self.convention == "sym_full" else self.convention
+        return options.spec(f"int{self.bits}", self.granularity, convention, self.scale_dtype)
 
     @property
     def compressed_tensors(self) -> str | None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from llmquant.formats import clustering, options
 from llmquant.formats.base import PIECE, Granularity, Grid, TensorSpec
 from llmquant.formats.elements import Element, Whole
-from llmquant.formats.options import SCALE_NAMES
 from llmquant.formats.scalar import Scalar
 from llmquant.formats.table import Levels
 
@@ -36,10 +35,7 @@ class KMeans(Scalar):
 
     @property
     def spec(self) -> str:
-        parts = [f"kmeans{self.bits}", options.granularity_name(self.granularity)]
-        if self.scale_dtype is not None:
-            parts.append(SCALE_NAMES[self.scale_dtype])
-        return ":".join(parts)
+        return options.spec(f"kmeans{self.bits}", self.granularity, self.scale_dtype)
 
     @property
     def element(self) -> Element:

@@ -55,7 +55,7 @@ class MX(Scalar):
 
     @property
     def spec(self) -> str:
-        return self.name if self.mode == "mse" else f"{self.name}:{self.mode}"
+        return options.spec(self.name, None if self.mode == "mse" else self.mode)
 
     @property
     def compressed_tensors(self) -> str | None:

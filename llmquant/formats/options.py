@@ -41,5 +41,7 @@ def read(name: str, tokens: list[str], *words: Words, groups: bool = True) -> di
     return found
 
 
-def granularity_name(granularity: int | str) -> str:
-    return f"g{granularity}" if isinstance(granularity, int) else granularity
+def spec(*parts: str | int | torch.dtype | None) -> str:
+    """The name that `read` takes apart: words as they are, columns of a group, the type of a scale; no None."""
+    names = (SCALE_NAMES[part] if isinstance(part, torch.dtype) else part for part in parts if part is not None)
+    return ":".join(f"g{name}" if isinstance(name, int) else name for name in names)

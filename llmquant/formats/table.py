@@ -24,7 +24,6 @@ from llmquant.errors import PlanError
 from llmquant.formats import clipping, options
 from llmquant.formats.base import Granularity, Grid, TensorSpec
 from llmquant.formats.elements import Element, Table
-from llmquant.formats.options import SCALE_NAMES
 from llmquant.formats.scalar import Scalar
 
 NF4 = (
@@ -49,11 +48,8 @@ class Levels(Scalar):
 
     @property
     def spec(self) -> str:
-        parts = [self.name, *([] if self.name == "nf4" else [",".join(f"{level:g}" for level in self.table)])]
-        parts.append(options.granularity_name(self.granularity))
-        if self.scale_dtype is not None:
-            parts.append(SCALE_NAMES[self.scale_dtype])
-        return ":".join(parts)
+        levels = None if self.name == "nf4" else ",".join(repr(level) for level in self.table)
+        return options.spec(self.name, levels, self.granularity, self.scale_dtype)
 
     @property
     def element(self) -> Element:
@@ -82,7 +78,7 @@ class DoubleQuantized(Levels):
 
     @property
     def spec(self) -> str:
-        return f"{self.name}:{options.granularity_name(self.granularity)}:dq"
+        return options.spec(self.name, self.granularity, "dq")
 
     def fit(self, w: Tensor, importance: Tensor | None = None, *, clip: str = "search") -> Grid:
         grid = super().fit(w, importance, clip=clip)

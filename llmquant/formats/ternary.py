@@ -18,7 +18,6 @@ from torch import Tensor
 from llmquant.formats import options, packing
 from llmquant.formats.base import Granularity, Grid, TensorSpec
 from llmquant.formats.elements import Element, Whole
-from llmquant.formats.options import SCALE_NAMES
 from llmquant.formats.scalar import Scalar
 
 RULES = ("opt", "twn", "absmean")
@@ -34,12 +33,7 @@ class Ternary(Scalar):
 
     @property
     def spec(self) -> str:
-        parts = ["ternary", options.granularity_name(self.granularity)]
-        if self.rule != "opt":
-            parts.append(self.rule)
-        if self.scale_dtype is not None:
-            parts.append(SCALE_NAMES[self.scale_dtype])
-        return ":".join(parts)
+        return options.spec("ternary", self.granularity, None if self.rule == "opt" else self.rule, self.scale_dtype)
 
     @property
     def element(self) -> Element:

@@ -21,7 +21,6 @@ from llmquant.errors import PlanError
 from llmquant.formats import clipping, options, packing
 from llmquant.formats.base import PIECE, Grid, TensorSpec
 from llmquant.formats.elements import Element, Whole
-from llmquant.formats.options import SCALE_NAMES
 from llmquant.formats.scalar import REFINEMENTS, Scalar
 
 VECTOR = 16
@@ -44,10 +43,7 @@ class VSQuant(Scalar):
 
     @property
     def spec(self) -> str:
-        parts = [f"vsq{self.bits}", f"s{self.scale_bits}"]
-        if self.scale_dtype is not None:
-            parts.append(SCALE_NAMES[self.scale_dtype])
-        return ":".join(parts)
+        return options.spec(f"vsq{self.bits}", f"s{self.scale_bits}", self.scale_dtype)
 
     @property
     def element(self) -> Element:
