@@ -1,8 +1,11 @@
-"""A causal language model of any size, held one block at a time.
+"""A model of any kind and size, held one block at a time.
 
 The model is built on the meta device, where tensors have a shape and no data. What lies outside the repeated blocks
 (embeddings, final norm, head) is loaded on demand; the blocks are loaded and freed one by one. Nothing here knows the
 name of a model: blocks, matrices and tensor names are found from the model itself.
+
+Of a causal language model the blocks can also be run one by one, which calibration needs. Any other model (encoders,
+vision, speech, convolutional networks) is only read block by block.
 
 This is the only file that touches the private loading API of transformers. Going through it means that every renaming
 and merging that `from_pretrained` does is done here too, and that a model transformers learns to read works here as is.
@@ -14,7 +17,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,11 +34,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.logging import set_tqdm_hook
 
 from llmquant.errors import CheckpointError, PlanError
+from llmquant.matrices import Target, all_blocks, class_named, decoder_blocks, target_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments with which a block is called, (args, kwargs), without the hidden states that come first."""
@@ -62,38 +64,17 @@ class TensorSource(Protocol):
         """{name: safetensors slice}: opened without reading data, closed at the end of the context."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A matrix that can be quantized, seen as (out, in) however the module stores it.
-
-    name: the module's name in memory; shape: (out, in); transposed: stored as (in, out), as GPT-2's Conv1D does;
-    bias: whether the module also adds a bias.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    transposed: bool
-    bias: bool
-
-    def matrix(self, module: nn.Module) -> Tensor:
-        """The weight of `module` as an (out, in) view, in the weight's dtype."""
-        weight = module.get_parameter("weight")
-        return weight.t() if self.transposed else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) as the module stores its weight."""
-        return matrix.t().contiguous() if self.transposed else matrix
-
-
 class StreamedModel:
-    """A causal language model of which the parts outside the blocks and one block at a time are in memory.
+    """A model of which the parts outside the blocks and one block at a time are in memory.
+
+    A block is named by its index in `block_names`; None stands for what lies outside the blocks.
 
     device, dtype: where loaded parts live, and the floating dtype they are cast to; dtype None keeps the dtype that
         the config names, else that of the first floating tensor stored.
     trust_remote_code: run the model code that the folder carries.
 
     Building one reads no weights and raises
-        PlanError: the architecture is unknown, is no causal language model or has no repeated blocks; or the checkpoint
+        PlanError: the architecture is unknown, or is a causal language model without repeated blocks; or the checkpoint
             is quantized already.
         CheckpointError: there is no valid config.json; or tensors that the model needs are missing or misshapen.
     """
@@ -109,15 +90,16 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         config = _read_config(checkpoint.folder, trust_remote_code)
+        self.causal = _is_causal(config)
         self.dtype = dtype or _stored_dtype(checkpoint, config)
-        self.model = _skeleton(config, self.dtype, trust_remote_code)
+        self.model = _skeleton(config, self.causal, self.dtype, trust_remote_code)
         self.config = self.model.config
         for module in self.model.modules():  # the buffers that are computed, such as rotary frequencies, are real
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
-        list_name, self._blocks = _find_blocks(self.model)
-        self.block_names = [f"{list_name}.{index}" for index in range(len(self._blocks))]
+        blocks = decoder_blocks(self.model) if self.causal else all_blocks(self.model)
+        self.block_names, self._blocks = list(blocks), list(blocks.values())
         self._parameter_of, self._converted = self._map_names()
         self._keys_of: dict[str, list[str]] = {}
         for key, parameter in self._parameter_of.items():
@@ -125,26 +107,28 @@ class StreamedModel:
         self._check_on_meta()
         self._block_keys: list[list[str]] = [[] for _ in self.block_names]
         for key, parameter in self._parameter_of.items():
-            if parameter.startswith(f"{list_name}."):
-                index = parameter.removeprefix(f"{list_name}.").partition(".")[0]
-                self._block_keys[int(index)].append(key)
+            parts = parameter.split(".")
+            within = (".".join(parts[:depth]) for depth in range(len(parts)))
+            if (name := next((name for name in within if name in blocks), None)) is not None:
+                self._block_keys[self.block_names.index(name)].append(key)
+        self._tied = {name for pair in self.model.all_tied_weights_keys.items() for name in pair}
+        self.reserved = self._find_reserved()
         self._blocks_return_tuples: bool | None = None  # learned at the first run
 
     # ---------------------------------------------------------------------------------------- what there is
 
-    def targets(self, block: int) -> dict[str, Target]:
-        """The matrices of a block that can be quantized, by the module's name in memory, in the module's order."""
-        routers = self._router_parameters(block)
-        found = {}
-        for name, module in self._blocks[block].named_modules():
-            transposed = isinstance(module, Conv1D)
-            if not (transposed or isinstance(module, nn.Linear)) or f"{name}.weight" in routers:
-                continue
-            rows, columns = module.weight.shape
-            full_name = f"{self.block_names[block]}.{name}"
-            shape = (columns, rows) if transposed else (rows, columns)
-            found[full_name] = Target(full_name, shape, transposed, module.bias is not None)
-        return found
+    def targets(self, block: int | None) -> dict[str, Target]:
+        """The matrices of a block that can be quantized, by the module's name in memory, in the module's order.
+
+        Convolutions count where the model is only read: nothing calibrates them. Shared weights never do.
+        """
+        excluded = self._router_parameters(block) | self._tied
+        found = {name: target_of(name, module) for name, module in self._parts(block)}
+        return {
+            name: target
+            for name, target in found.items()
+            if target is not None and f"{name}.weight" not in excluded and not (self.causal and target.kernel)
+        }
 
     def module(self, target: Target) -> nn.Module:
         """The module that holds a target's weight; on meta while its block is not loaded."""
@@ -155,11 +139,9 @@ class StreamedModel:
 
         Nothing quantizes them: they stay dense. Experts held as one 3-D parameter are the usual case.
         """
-        prefix = f"{self.block_names[block]}."
-        handled = {f"{name}.weight" for name in self.targets(block)}
-        handled |= {prefix + name for name in self._router_parameters(block)}
-        parameters = self._blocks[block].named_parameters()
-        return [prefix + name for name, value in parameters if value.ndim >= 2 and prefix + name not in handled]
+        handled = {f"{name}.weight" for name in self.targets(block)} | self._router_parameters(block)
+        parameters = self._blocks[block].named_parameters(self.block_names[block])
+        return [name for name, value in parameters if value.ndim >= 2 and name not in handled]
 
     def block_keys(self, block: int) -> list[str]:
         """The checkpoint's own names of the tensors that belong to a block, in the checkpoint's order."""
@@ -256,6 +238,8 @@ class StreamedModel:
 
         Some models take a tensor from their blocks, some the first of a tuple; the first run finds out which.
         """
+        if not self.causal:
+            raise PlanError(f"{type(self.model).__name__} is no causal language model, whose blocks run one by one")
         if any(value.is_meta for _, module in self._parts(None) for value in module.parameters(recurse=False)):
             raise RuntimeError("call load_outside() before running the model")
         forms = (False, True) if self._blocks_return_tuples is None else (self._blocks_return_tuples,)
@@ -288,14 +272,13 @@ class StreamedModel:
             states = answer(block, states, call)
             return (states, None) if as_tuple else states
 
-        blocks = list(self._blocks)
         try:
-            for index, block in enumerate(blocks):
-                self._blocks[index] = _StandIn(block, partial(forward, index))
+            for index, block in enumerate(self._blocks):
+                self.model.set_submodule(self.block_names[index], _StandIn(block, partial(forward, index)))
             result = run(input_ids)
         finally:
-            for index, block in enumerate(blocks):
-                self._blocks[index] = block
+            for name, block in zip(self.block_names, self._blocks, strict=True):
+                self.model.set_submodule(name, block)
         if result.shape[:-1] != input_ids.shape:
             raise ValueError(f"tokens {tuple(input_ids.shape)} become {tuple(result.shape)}")
         return result
@@ -332,7 +315,9 @@ class StreamedModel:
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         optional = re.compile("|".join(self.model._keys_to_ignore_on_load_missing or ["(?!)"]))
         state = self.model.state_dict()  # an optional buffer keeps the value it was built with
-        missing = {name for name in missing if state[name].is_meta or not optional.search(name)}
+        empty = {name for name in missing if state[name].is_meta and optional.search(name)}
+        self._computed = set() if self.causal else empty  # by the model itself, when it is loaded as a whole
+        missing = {name for name in missing if state[name].is_meta or not optional.search(name)} - self._computed
         problems = [
             f"{self.source_key(name) or name}: stored as {tuple(has)}, the model needs {tuple(needs)}"
             for name, has, needs in sorted(info.mismatched_keys)
@@ -345,6 +330,8 @@ class StreamedModel:
                 f"{self.checkpoint.folder} does not hold what {type(self.model).__name__} needs: "
                 + "; ".join(_shortened(problems))
                 + (f"; the model does not know {', '.join(_shortened(unknown))}" if unknown else "")
+                # Some encoders are published without what only training needs.
+                + ("" if self.causal else "; if it needs none of them, save_pretrained of the loaded model adds them")
             )
 
     def _load(self, keys: list[str]) -> Any:
@@ -368,7 +355,7 @@ class StreamedModel:
         if block is not None:
             yield from self._blocks[block].named_modules(prefix=self.block_names[block])
         else:
-            inside = set(self._blocks.modules())
+            inside = {module for block in self._blocks for module in block.modules()}
             yield from ((name, module) for name, module in self.model.named_modules() if module not in inside)
 
     def _finish(self, block: int | None) -> None:
@@ -378,7 +365,9 @@ class StreamedModel:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
             tensors = [*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False)]
-            empty += [tensor_name for tensor_name, value in tensors if value.is_meta]
+            # What a block shares with another part is stored, and then tied, there.
+            elsewhere = self._computed | (self._tied if block is not None else set())
+            empty += [tensor_name for tensor_name, value in tensors if value.is_meta and tensor_name not in elsewhere]
         if empty:
             raise CheckpointError(f"{self.checkpoint.folder}: nothing was loaded for {', '.join(_shortened(empty))}")
 
@@ -392,20 +381,36 @@ class StreamedModel:
                 if getattr(buffer, "_is_hf_initialized", False):  # the loading code marks what it fills
                     module._buffers[name] = torch.empty_like(buffer, device="meta")
 
-    def _router_parameters(self, block: int) -> set[str]:
-        """The parameters of a block, named within it, with one row an expert, in a module that holds the experts."""
-        text_config = self.config.get_text_config()
+    def _find_reserved(self) -> dict[str, str]:
+        """{target: why it is left alone unless a rule names it}: heads, and the layers next to the input."""
+        reserved = dict.fromkeys(self.targets(None), "it lies outside the repeated blocks")
+        if self.causal:
+            return reserved
+        targets = {name: t for block in [None, *range(len(self._blocks))] for name, t in self.targets(block).items()}
+        order = [targets[name] for name, _ in self.model.named_modules() if name in targets]
+        convolutions = [target.name for target in order if target.kernel]
+        ends = dict.fromkeys(convolutions[:1], "it is the first convolution, which sees the input itself")
+        if self.block_names == [""]:
+            ends |= {order[i].name: "it is the first or the last of a model without blocks" for i in (0, -1) if order}
+        return {**ends, **reserved}
+
+    def _router_parameters(self, block: int | None) -> set[str]:
+        """The parameters of a block with one row an expert, in a module that holds the experts."""
+        if block is None:
+            return set()
+        name, module = self.block_names[block], self._blocks[block]
+        text_config = _text_config(self.config)
         counts = ("num_experts", "num_local_experts", "n_routed_experts")
         experts = {number for count in counts if (number := getattr(text_config, count, None)) is not None}
         holders = {
-            name
-            for name, module in self._blocks[block].named_modules()
-            if name and any(_holds_experts(child, experts) for child in module.modules())
+            inner
+            for inner, part in module.named_modules(prefix=name)
+            if part is not module and any(_holds_experts(child, experts) for child in part.modules())
         }
         return {
-            name
-            for name, value in self._blocks[block].named_parameters()
-            if value.ndim == 2 and len(value) in experts and any(name.startswith(f"{holder}.") for holder in holders)
+            inner
+            for inner, value in module.named_parameters(name)
+            if value.ndim == 2 and len(value) in experts and any(inner.startswith(f"{holder}.") for holder in holders)
         }
 
 
@@ -445,25 +450,45 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if (quantization := stored.get("quantization_config")) is not None:
         method = quantization.get("quant_method", "unknown method")
         raise PlanError(f"{folder} is quantized already ({method}); start from the original checkpoint")
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        raise PlanError(f"{folder}: {name!r} is not a causal language model, and nothing else can be quantized")
     return config
 
 
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Whether it is a causal language model: the class that the config names is one, or is unknown here or not named.
+
+    Raises PlanError where no class is named and the kind of model has others.
+    """
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    causal = not encoder and not getattr(config, "is_encoder_decoder", False)
+    named = class_named(config.architectures)
+    if named is not None:
+        return causal and named.__name__ == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if not causal:
+        raise PlanError(
+            f"{config.model_type!r} is not a causal language model, and config.json does not say what it is: name its "
+            'class in "architectures"'
+        )
+    return True
+
+
+def _skeleton(config: PretrainedConfig, causal: bool, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The model without data: parameters on the meta device, computed buffers real."""
     # The attention implementation is left to the model: forcing one changes the results of some.
+    named = class_named(config.architectures)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            if causal or named is None:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            else:
+                model = named._from_config(config, dtype=dtype)
     except (ValueError, ImportError) as error:
-        raise PlanError(f"no causal language model can be built for {config.model_type!r}: {error}") from error
+        kind = "causal language model" if causal or named is None else named.__name__
+        raise PlanError(f"no {kind} can be built for {config.model_type!r}: {error}") from error
     return model.eval()
 
 
 def _stored_dtype(checkpoint: TensorSource, config: PretrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    dtype = getattr(config, "dtype", None) or getattr(_text_config(config), "dtype", None)
     if dtype is not None:
         return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     for name in checkpoint.names():
@@ -472,20 +497,16 @@ def _stored_dtype(checkpoint: TensorSource, config: PretrainedConfig) -> torch.d
     raise CheckpointError(f"{checkpoint.folder} holds no floating tensor")
 
 
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the repeated blocks: the largest list as long as the config says the model is deep."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for root in (model.get_decoder(), model):
-        lists = [part for part in root.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-        if lists:
-            largest = max(lists, key=lambda part: sum(value.numel() for value in part.parameters()))
-            return next(name for name, part in model.named_modules() if part is largest), largest
-    raise PlanError(f"{type(model).__name__} has no list of repeated blocks as long as its num_hidden_layers, {depth}")
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several
+        return config
 
 
 def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
     """Whether a module is a list of experts, or holds them as 3-D parameters."""
-    if isinstance(module, nn.ModuleList):
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return len(module) in counts
     return any(value.ndim == 3 and len(value) in counts for value in module.parameters(recurse=False))
 

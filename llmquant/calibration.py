@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.blocks import Call, StreamedModel, Target
+from llmquant.blocks import Call, StreamedModel
 from llmquant.errors import DataError
+from llmquant.matrices import Target
 from llmquant.stats import Stats
 
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops

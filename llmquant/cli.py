@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmquant.errors import LlmquantError, PlanError, VerificationError
 
@@ -114,7 +114,7 @@ def quantize(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Quantize MODEL into a folder that AutoModelForCausalLM.from_pretrained loads after `import llmquant`.
+    """Quantize MODEL into a folder that transformers' from_pretrained loads after `import llmquant`.
 
     A run that was cut is taken up again by the same command.
     """
@@ -138,6 +138,8 @@ def quantize(
     )
     torch.manual_seed(seed)
     prepared = pipeline.prepare(job, folder, overwrite=overwrite)
+    if text and not prepared.model.causal:
+        raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     if dry_run:
         _print_plan(prepared.plan, as_json)
         return
@@ -362,29 +364,37 @@ def inspect(
 
 @app.command()
 def formats(as_json: JsonOption = False) -> None:
-    """List the formats: bits per weight and signal-to-noise ratio, measured on seeded random weights."""
+    """List the formats: bits per weight, signal-to-noise ratio on random weights, kernels, who reads the files."""
     from llmquant import format_table
 
-    rows = format_table.measure()
+    rows = sorted(format_table.measure(), key=lambda row: row.bits_per_weight)
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps([row.to_json() for row in rows]))
         return
-    table = Table("format", "bits/weight", "SQNR normal, dB", "SQNR Student-t5, dB", "CPU kernel (bfloat16)", box=None)
+    shapes = [f"bits at\n{out_features // 1024}k x {columns // 1024}k" for out_features, columns in format_table.SHAPES]
+    headers = ["\nformat", *shapes, "SQNR\nnormal", "dB\nt5", "CPU kernel\n(bfloat16)", "\nread by"]
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(
-            row["format"],
-            f"{row['bits_per_weight']:.3f}",
-            f"{row['normal']:.1f}",
-            f"{row['student_t5']:.1f}",
-            row["kernel"],
-        )
+        bits = [f"{value:.3f}" for value in row.bits_per_weight]
+        table.add_row(row.format, *bits, f"{row.normal:.1f}", f"{row.student_t5:.1f}", row.kernel, row.readers)
     out.print(table)
-    out.print(
-        "\nNames: int<2-8> : g<columns> | channel | tensor : sym_full | sym | sym_gptq | asym | asym_float : fp16 |"
-    )
-    out.print(
-        "bf16 | fp32 (type of the scale), as in int3:g64:asym. What is left out is g128, sym_full, the model's type."
-    )
+    out.print(FORMAT_OPTIONS, highlight=False, soft_wrap=True)
+
+
+FORMAT_OPTIONS = """
+SQNR: signal to noise of normal and of Student-t weights (5 degrees), without calibration. Options follow the name after
+colons, in any order; scale types are fp16, bf16 and fp32, by default that of the model:
+
+  int2 .. int8             g<columns> | channel | tensor; sym_full | sym | sym_gptq | asym | asym_float; scale type
+  mxfp4, mxfp6_..., ...    mse | floor | rceil | even: how a block's exponent is found
+  vsq3 .. vsq8             s4 | s5 | s6: bits of a vector's scale; scale type (of the row)
+  fp8_e4m3, fp8_e5m2       channel | tensor | block | g<columns>; scale type, fp32 if left out
+  nf4                      g<columns> | channel | tensor; scale type, or dq: double quantization
+  table:-1,-0.4,0,0.3,1    levels of your own; g<columns> | channel | tensor; scale type
+  kmeans1 .. kmeans8       channel | tensor | g<columns>; scale type
+  ternary                  g<columns> | channel | tensor; opt | twn | absmean; scale type
+  binary                   g<columns> | channel | tensor; scale type
+  nvfp4, mx4, mx6, mx9     none"""
 
 
 if __name__ == "__main__":

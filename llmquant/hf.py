@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,7 +28,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmquant import formats as registry
 from llmquant.errors import CheckpointError, PlanError, VerificationError
 from llmquant.formats import Format, TensorSpec
-from llmquant.linear import QuantLinear
+from llmquant.linear import QuantConv, QuantLinear, QuantModule
+from llmquant.matrices import CONVOLUTIONS, class_named, target_of
 from llmquant.version import __version__
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class LlmquantQuantizer(HfQuantizer):
         """On the empty skeleton: swap the listed modules, and compare what they expect with the files' headers."""
         swap(model, self.quantization_config.modules())
         for layer in quantized_layers(model).values():
-            layer.weight = _initialized()
+            layer.filling = True
         self._stored = read_headers(checkpoint_files or [])
         self._expected = {name: _spec(tensor) for name, tensor in model.state_dict().items()}
         for name in _quantized_tensors(model):
@@ -101,7 +101,7 @@ class LlmquantQuantizer(HfQuantizer):
         if (getattr(model, "tp_size", None) or 1) > 1:
             raise PlanError("quantized layers cannot be split over devices by tensor parallelism here: serve with vLLM")
         for layer in quantized_layers(model).values():
-            del layer.weight
+            layer.filling = False
         settle_types(model, self._expected, self._stored)
         verify(model, self._expected, self._stored)
         del self._expected, self._stored
@@ -124,7 +124,7 @@ def register() -> None:
 def load(model: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """The quantized model in a folder, or of a hub id, in eval mode.
 
-    kwargs: as AutoModelForCausalLM.from_pretrained takes them, such as device_map and dtype.
+    Its class is the one that config.json names. kwargs: as from_pretrained takes them, such as device_map and dtype.
     Raises CheckpointError where there is no llmquant model, VerificationError where the model is incomplete.
     """
     from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -141,7 +141,8 @@ def load(model: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         raise CheckpointError(f"{model}: {found}: load it with transformers, or quantize it with llmquant first")
     # Without offload_buffers a layer mapped to the CPU or the disk would keep its quantized weight on the GPU.
     kwargs = {"use_safetensors": True, "offload_buffers": True, **kwargs}
-    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    named = None if "auto_map" in config else class_named(config.get("architectures"))
+    return (named or AutoModelForCausalLM).from_pretrained(model, **kwargs)
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
@@ -150,8 +151,8 @@ def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str
     return {name: layer.explain(inputs) for name, layer in quantized_layers(model).items()}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantModule]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
 
 
 def _quantized_tensors(model: nn.Module) -> list[str]:
@@ -164,9 +165,9 @@ def _quantized_tensors(model: nn.Module) -> list[str]:
 
 
 def swap(model: Any, modules: dict[str, Format]) -> None:
-    """Put an empty QuantLinear in place of each of these modules of a model on meta.
+    """Put an empty QuantLinear or QuantConv in place of each of these modules of a model on meta.
 
-    Raises CheckpointError, naming the module, where the model lacks it or it is no linear layer.
+    Raises CheckpointError, naming the module, where the model lacks it or it holds no matrix.
     """
     present = dict(model.named_modules())
     tied = {name for pair in _tied(model).items() for name in pair}
@@ -187,16 +188,16 @@ def swap(model: Any, modules: dict[str, Format]) -> None:
             raise CheckpointError(f"config.json: {listed} cannot be {fmt.spec}: {error}") from error
 
 
-def _counterpart(old: nn.Module, fmt: Format) -> QuantLinear:
+def _counterpart(old: nn.Module, fmt: Format) -> QuantModule:
     """Raises PlanError where there is none."""
-    if isinstance(old, nn.Linear):
-        inputs, outputs = old.in_features, old.out_features
-    elif isinstance(old, Conv1D):
-        inputs, outputs = old.nx, old.nf
-    else:
-        raise PlanError(f"it is a {type(old).__name__}, no linear layer")
+    target = target_of("", old)
+    if target is None:
+        raise PlanError(f"it is a {type(old).__name__}, no linear layer and no plain convolution")
+    outputs, inputs = target.shape
     with torch.device("meta"):
-        return QuantLinear(fmt, inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
+        if isinstance(old, CONVOLUTIONS):
+            return QuantConv(fmt, old)
+        return QuantLinear(fmt, inputs, outputs, bias=target.bias, dtype=old.get_parameter("weight").dtype)
 
 
 def _aliases(model: Any, name: str) -> tuple[str, str, str]:
@@ -208,16 +209,6 @@ def _aliases(model: Any, name: str) -> tuple[str, str, str]:
 def _tied(model: Any) -> dict[str, str]:
     """{tensor: the tensor it shares its values with}."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-
-def _initialized() -> Tensor:
-    """Stands for the weight while the model is filled: some models initialize the weights of modules inside others.
-
-    It says that this is done already. They do so for every module, found in the file or not, to get at their buffers.
-    """
-    weight = torch.empty(0, device="meta")
-    weight._is_hf_initialized = True  # type: ignore[attr-defined]
-    return weight
 
 
 def _spec(tensor: Tensor) -> TensorSpec:
@@ -304,17 +295,17 @@ def _was_read(model: Any, name: str, tensor: Tensor, stored: Specs) -> bool:
     return any(_find(model, n, stored) is not None for n in names) or bool(getattr(model, "_weight_conversions", None))
 
 
-def _verify_layer(name: str, layer: QuantLinear) -> None:
+def _verify_layer(name: str, layer: QuantModule) -> None:
     """The buffers in memory (an offloaded one is out of sight): types, the shape that was noted, finite scales."""
-    for suffix, spec in layer.format.layout((layer.out_features, layer.in_features)).items():
-        buffer = layer.get_buffer(suffix)
-        if buffer.is_meta:
+    for suffix, spec in layer.format.layout(layer.matrix_shape).items():
+        buffer = layer._buffers[suffix]  # not get_buffer: it would find what stands for the dense weight
+        if buffer is None or buffer.is_meta:
             continue
         _check_spec(f"{name}.{suffix}", _spec(buffer), spec)
-        if suffix == "weight_shape" and buffer.tolist() != [layer.out_features, layer.in_features]:
+        if suffix == "weight_shape" and buffer.tolist() != list(layer.matrix_shape):
             raise VerificationError(
-                f"{name}.{suffix} says {buffer.tolist()}, but the layer is "
-                f"{[layer.out_features, layer.in_features]} (out, in): {REMEDY}"
+                f"{name}.{suffix} says {buffer.tolist()}, but the layer is {list(layer.matrix_shape)} (out, in): "
+                f"{REMEDY}"
             )
         if spec.dtype.is_floating_point and not torch.isfinite(buffer.float()).all():
             raise VerificationError(f"{name}.{suffix} holds values that are not finite: {REMEDY}")

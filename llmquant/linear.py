@@ -1,52 +1,54 @@
-"""The module that holds a quantized weight as the file has it, and multiplies by it with one kernel call."""
+"""The modules that hold a quantized weight as the file has it, and compute with it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 import llmquant_kernels
 from llmquant.formats import Format
-from llmquant_kernels import PackedWeight, Prepared
+from llmquant_kernels import PackedWeight
 
 
-class QuantLinear(nn.Module):
-    """y = x W^T + bias, with W (out, in) stored in a number format. It stands for nn.Linear and GPT-2's Conv1D alike.
+class QuantModule(nn.Module):
+    """A weight (out, ...), seen as a matrix (out, in), in a number format.
 
     Its buffers are those that `fmt.layout((out, in))` names, created empty for a checkpoint to fill. Casting the
     module casts the bias alone: the buffers keep the types of the file, whatever the model computes in.
     """
 
     bias: nn.Parameter | None
+    filling = False  # while transformers loads the tensors
 
-    def __init__(
-        self, fmt: Format, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype | None = None
-    ) -> None:
-        """dtype: of the bias, by default torch's default. Raises PlanError where fmt cannot hold this shape."""
+    def __init__(self, fmt: Format, dense: tuple[int, ...], *, bias: bool, dtype: torch.dtype | None) -> None:
+        """dense: the shape of the weight; dtype: what the model computes in, by default torch's default.
+
+        Raises PlanError where fmt cannot hold this shape.
+        """
         super().__init__()
         self.format = fmt
-        self.in_features = in_features
-        self.out_features = out_features
-        self.keep_decoded = False  # passed on to the kernels: trade memory for speed on large inputs
-        for suffix, spec in fmt.layout((out_features, in_features)).items():
-            self.register_buffer(suffix, torch.empty(spec.shape, dtype=spec.dtype))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._prepared: dict[torch.dtype, Prepared] = {}
+        self.dense_shape = dense
+        self.matrix_shape = dense[0], math.prod(dense[1:])
+        self.dtype = dtype or torch.get_default_dtype()
+        self.keep_decoded = False  # trade memory for speed: hold the weight decoded, too
+        for suffix, spec in fmt.layout(self.matrix_shape).items():
+            # What register_buffer does, but it would refuse the name `weight`, which __getattr__ answers to.
+            self._buffers[suffix] = torch.empty(spec.shape, dtype=spec.dtype)
+        self.bias = nn.Parameter(torch.empty(dense[0], dtype=dtype), requires_grad=False) if bias else None
+        self._prepared: dict[torch.dtype, Any] = {}
         self._prepared_from: tuple[object, ...] = ()
 
     @property
     def packed_weight(self) -> PackedWeight:
         """The weight (out, in) as the kernels take it, a view of the buffers wherever the format allows."""
         named = {suffix: buffer for suffix, buffer in self._buffers.items() if buffer is not None}
-        return self.format.packed_weight(named, (self.out_features, self.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out) in x's type."""
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)  # autocast changes x alone
-        return llmquant_kernels.linear(x, self._prepared_for(x.dtype), bias)
+        return self.format.packed_weight(named, self.matrix_shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) that the stored one stands for."""
@@ -54,17 +56,27 @@ class QuantLinear(nn.Module):
 
     def explain(self, dtype: torch.dtype) -> str:
         """Which kernel serves inputs of `dtype` here, and why."""
-        return llmquant_kernels.explain(self.packed_weight, dtype)
+        raise NotImplementedError
 
-    def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.spec}"
-        )
+    def __getattr__(self, name: str) -> Any:
+        """`weight`, which some models read to learn its type, and a few compute with: decoded only for the latter.
 
-    # ---- what the kernels made of the buffers: never saved, never copied, made again when needed
+        While it is filled, the stored tensor of that name, if any: other times that one is of no use to a model.
+        """
+        if name != "weight":
+            return super().__getattr__(name)
+        if not self.filling:
+            return _DecodedOnUse(self)
+        stored = self._buffers.get("weight")
+        return _initialized(self.dense_shape) if stored is None else stored
 
-    def _prepared_for(self, dtype: torch.dtype) -> Prepared:
+    # ---- what was made of the buffers to compute with: never saved, never copied, made again when needed
+
+    def _prepare(self, dtype: torch.dtype) -> Any:
+        """What `forward` needs of the weight for inputs of `dtype`."""
+        raise NotImplementedError
+
+    def _prepared_for(self, dtype: torch.dtype) -> Any:
         source = (self.keep_decoded, *self._buffers.values())
         # By identity: offloading puts fresh tensors in place for each call, and load_state_dict(assign=True) does too.
         if len(source) != len(self._prepared_from) or any(
@@ -72,17 +84,14 @@ class QuantLinear(nn.Module):
         ):
             self._prepared, self._prepared_from = {}, source
         if dtype not in self._prepared:
-            weight = self._prepare(dtype)
+            # What inference mode makes could not be used outside it, and this outlives the call.
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self._prepare(dtype)
             if getattr(getattr(self, "_hf_hook", None), "offload_buffers", False):
                 self._forget_prepared()  # keeping it would keep in memory what accelerate is about to offload
                 return weight
             self._prepared[dtype] = weight
         return self._prepared[dtype]
-
-    def _prepare(self, dtype: torch.dtype) -> Prepared:
-        # What inference mode makes could not be used outside it, and this outlives the call.
-        with torch.inference_mode(False), torch.no_grad():
-            return llmquant_kernels.prepare(self.packed_weight, dtype=dtype, keep_decoded=self.keep_decoded)
 
     def _forget_prepared(self) -> None:
         self._prepared, self._prepared_from = {}, ()
@@ -95,7 +104,7 @@ class QuantLinear(nn.Module):
         self._forget_prepared()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """All of to, half, cuda, ... come through here. A buffer follows to another device, never to another type."""
 
         def keep_type(tensor: Tensor) -> Tensor:
@@ -105,4 +114,101 @@ class QuantLinear(nn.Module):
             return moved
 
         self._forget_prepared()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(keep_type, recurse)
+
+
+class QuantLinear(QuantModule):
+    """y = x W^T + bias. It stands for nn.Linear and GPT-2's Conv1D alike."""
+
+    def __init__(
+        self, fmt: Format, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype | None = None
+    ) -> None:
+        """dtype: of the bias, by default torch's default. Raises PlanError where fmt cannot hold this shape."""
+        super().__init__(fmt, (out_features, in_features), bias=bias, dtype=dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's type."""
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)  # autocast changes x alone
+        return llmquant_kernels.linear(x, self._prepared_for(x.dtype), bias)
+
+    def explain(self, dtype: torch.dtype) -> str:
+        return llmquant_kernels.explain(self.packed_weight, dtype)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format.spec}"
+        )
+
+    def _prepare(self, dtype: torch.dtype) -> Any:
+        return llmquant_kernels.prepare(self.packed_weight, dtype=dtype, keep_decoded=self.keep_decoded)
+
+
+class QuantConv(QuantModule):
+    """A convolution in one to three dimensions, whose weight (out, channels of a group, *kernel) is decoded for use."""
+
+    def __init__(self, fmt: Format, dense: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        """Stands for `dense`, of which only the weight is not taken over. Raises PlanError as QuantModule does."""
+        weight = dense.weight
+        super().__init__(fmt, tuple(weight.shape), bias=dense.bias is not None, dtype=weight.dtype)
+        self.in_channels, self.out_channels, self.groups = dense.in_channels, dense.out_channels, dense.groups
+        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
+        self.padding, self.padding_mode = dense.padding, dense.padding_mode
+        self._pad = dense._reversed_padding_repeated_twice  # as functional.pad takes it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, channels, *positions) -> (batch, out, *positions) in x's type, as the dense module has it."""
+        weight = self._prepared_for(x.dtype) if self.keep_decoded else self._prepare(x.dtype)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = functional.pad(x, self._pad, mode=self.padding_mode), (0,) * len(self.kernel_size)
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.kernel_size) - 1]
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def explain(self, dtype: torch.dtype) -> str:
+        return "decoded for each call: there are no kernels for quantized convolutions"
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"groups={self.groups}, bias={self.bias is not None}, format={self.format.spec}"
+        )
+
+    def _prepare(self, dtype: torch.dtype) -> Any:
+        return self.dequantize(dtype).view(self.dense_shape)
+
+
+def _initialized(shape: tuple[int, ...]) -> Tensor:
+    """Stands for the weight while the model is filled: some models initialize the weights of modules inside others.
+
+    It says that this is done already. They do so for every module, found in the file or not, to get at their buffers.
+    """
+    weight = torch.empty(shape, device="meta")
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
+
+
+class _DecodedOnUse(Tensor):
+    """Stands for the dense weight of a module: its type, shape and device cost nothing, any use of it decodes."""
+
+    _module: QuantModule
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, module: QuantModule) -> _DecodedOnUse:
+        device = next(module.buffers()).device
+        made = Tensor._make_wrapper_subclass(cls, module.dense_shape, dtype=module.dtype, device=device)
+        made._module = module
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        def decode(weight: _DecodedOnUse) -> Tensor:
+            return weight._module.dequantize(weight.dtype).view(weight.shape)
+
+        args, kwargs = tree_map_only(_DecodedOnUse, decode, (args, kwargs or {}))
+        return func(*args, **kwargs)

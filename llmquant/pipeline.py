@@ -21,7 +21,7 @@ from llmquant import text
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, stages
 from llmquant.checkpoint import Checkpoint, locate
-from llmquant.errors import DataError, LlmquantError, NonFiniteInput, VerificationError
+from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
 from llmquant.formats.base import all_finite
 from llmquant.output import OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
@@ -95,6 +95,11 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
     calibration = job.calibration
     length = 0
     if calibration is not None:
+        if not model.causal:
+            raise PlanError(
+                f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
+                "those only: use --quality fast, which reads weights only"
+            )
         length = text.window_length(model.config, calibration.length or min(512, text.window_length(model.config)))
     tokens = 0 if calibration is None else calibration.samples * length
     return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
@@ -114,7 +119,7 @@ def quantize(
     with OutputFolder(output, job.settings(prepared.checkpoint), overwrite=overwrite) as folder:
         streams = _start_streams(prepared, folder, progress)
         for block in range(blocks):
-            done = sum(row.weights for row in plan.rows if row.block < block)
+            done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
             step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
             if block in folder.records and streams is None:
                 continue
@@ -129,8 +134,7 @@ def quantize(
                 streams.advance(block, swap)
             model.unload_block(block)
         if blocks not in folder.records:
-            outside = prepared.checkpoint.tensors(model.outside_keys())
-            folder.write_shard(blocks, shard(blocks + 1, blocks + 1), outside, _check_dense)
+            _save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), _solve_outside(prepared))
         progress("finish", plan.weights, plan.weights)
         manifest = _manifest(prepared, folder)
         folder.finish(_config(prepared), prepared.checkpoint.companions(), manifest)
@@ -224,6 +228,17 @@ def _solve_block(
     return [results[name] for name in rows]
 
 
+def _solve_outside(prepared: Prepared) -> list[Result]:
+    """What rules name outside the blocks, from the weights alone."""
+    rows, model = prepared.plan.of_block(None), prepared.model
+    if not rows:
+        return []
+    model.load_outside()
+    results = [_solve(row, row.target.matrix(model.module(row.target)).detach(), None) for row in rows]
+    model.unload_outside()
+    return results
+
+
 def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     """weight (out, in) in the model's type."""
     w = weight.float()
@@ -263,9 +278,12 @@ def _put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> 
     swap.replace(row.target.name, parameter, row.target.stored(decoded))
 
 
-def _save_block(prepared: Prepared, folder: OutputFolder, block: int, shard: str, results: list[Result]) -> None:
+def _save_block(prepared: Prepared, folder: OutputFolder, block: int | None, shard: str, results: list[Result]) -> None:
+    """block None: all that lies outside the blocks, as the last part."""
+    model = prepared.model
     quantized = {result.row.key for result in results}
-    dense = [name for name in prepared.model.block_keys(block) if name not in quantized]
+    keys = model.outside_keys() if block is None else model.block_keys(block)
+    dense = [name for name in keys if name not in quantized]
     tensors = prepared.checkpoint.tensors(dense)
     for result in results:
         for suffix, tensor in result.row.format.pack(result.solution.codes, result.solution.grid).items():
@@ -277,7 +295,7 @@ def _save_block(prepared: Prepared, folder: OutputFolder, block: int, shard: str
             _check_result(result, read)
         return {"report": [result.report for result in results]}
 
-    folder.write_shard(block, shard, tensors, check)
+    folder.write_shard(len(model.block_names) if block is None else block, shard, tensors, check)
 
 
 def _stored_name(row: Row, suffix: str) -> str:

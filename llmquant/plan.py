@@ -13,10 +13,11 @@ import torch
 
 import llmquant_kernels
 from llmquant import formats
-from llmquant.blocks import StreamedModel, Target
+from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import OutputError, PlanError
 from llmquant.formats import Format
+from llmquant.matrices import Target
 from llmquant.output import free_bytes
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import SOLVERS
@@ -24,9 +25,9 @@ from llmquant.solvers import SOLVERS
 
 @dataclass(frozen=True)
 class Row:
-    """One matrix that will be quantized."""
+    """One matrix that will be quantized. block None: it lies outside the blocks."""
 
-    block: int
+    block: int | None
     target: Target
     key: str  # the checkpoint's own name of its weight
     format: Format
@@ -68,7 +69,7 @@ class Plan:
         """Of the quantized matrices, all metadata counted."""
         return 8 * sum(row.nbytes for row in self.rows) / self.weights
 
-    def of_block(self, block: int) -> list[Row]:
+    def of_block(self, block: int | None) -> list[Row]:
         return [row for row in self.rows if row.block == block]
 
     def modules(self) -> dict[str, list[str]]:
@@ -107,14 +108,15 @@ def make_plan(
 
     Raises PlanError (names the tensor) or OutputError (not enough disk).
     """
-    blocks = range(len(model.block_names))
-    recipe.check([name for block in blocks for name in model.targets(block)])
+    blocks = [*range(len(model.block_names)), None]
+    _check_recipe(model, recipe)
     kernels: dict[Any, str] = {}
     decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
     rows = tuple(decision for decision in decided if isinstance(decision, Row))
-    if not rows:
-        raise PlanError("nothing is left to quantize: every module is kept dense by the recipe")
     kept = tuple(decision for decision in decided if isinstance(decision, Kept))
+    if not rows:
+        reason = f", such as {kept[0].name}: {kept[0].reason}" if kept else ""
+        raise PlanError(f"nothing is left to quantize: every module is kept dense{reason}")
     before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
     after = before + sum(row.nbytes - checkpoint.nbytes(row.key) for row in rows)
     free = free_bytes(output)
@@ -124,27 +126,60 @@ def make_plan(
     return Plan(rows, kept, before, after, memory, _seconds(rows, calibration_tokens))
 
 
+def _check_recipe(model: StreamedModel, recipe: Recipe) -> None:
+    """Raises PlanError where there is nothing that the rules could be about, or what they say cannot be."""
+    patterns = {rule.pattern for rule in recipe.rules}
+    names = [name for block in [*range(len(model.block_names)), None] for name in model.targets(block)]
+    names = [name for name in names if name not in model.reserved or name in patterns]
+    if not names:
+        example = next(iter(model.reserved), None)
+        raise PlanError(
+            f"{type(model.model).__name__} has no linear layer and no plain convolution in repeated blocks"
+            + (f": name others in full in the rules of a recipe, such as {example}" if example else "")
+        )
+    recipe.check(names)
+
+
 def _decide(
-    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, block: int, kernels: dict[Any, str]
+    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, block: int | None, kernels: dict[Any, str]
 ) -> Iterator[Row | Kept]:
     for target in model.targets(block).values():
         rule = recipe.rule_for(target.name)
         key = model.source_key(target.name + ".weight")
-        if rule is None or rule.format is None:
+        named = rule is not None and rule.pattern == target.name
+        if target.name in model.reserved and not named:
+            if not model.causal:  # of a causal language model it is the head, as everybody knows
+                yield Kept(target.name, f"{model.reserved[target.name]}: only a rule with its full name changes it")
+        elif rule is None or rule.format is None:
             yield Kept(target.name, "no rule matches it" if rule is None else f"rule {rule.pattern!r} keeps it dense")
         elif key is None:
             yield Kept(target.name, "the checkpoint stores it in pieces or merged with others")
+        # The matrices of a causal language model are about as wide as it is: a format that does not fit one is a
+        # mistake. Those of others differ much, down to the nine columns of a depthwise convolution.
+        elif not (model.causal or named) and (misfit := _misfit(rule.format, target)):
+            yield Kept(target.name, misfit)
         else:
             yield _row(checkpoint, model, target, block, key, rule, kernels)
+    if block is None:
+        return  # embeddings are no surprise
     for name in model.unsupported(block):
         yield Kept(name, "no solver quantizes a parameter of this kind yet")
+
+
+def _misfit(spec: str, target: Target) -> str | None:
+    """Why the format cannot hold the matrix, if so."""
+    try:
+        formats.get(spec).layout(target.shape)
+    except PlanError as error:
+        return str(error)
+    return None
 
 
 def _row(
     checkpoint: Checkpoint,
     model: StreamedModel,
     target: Target,
-    block: int,
+    block: int | None,
     key: str,
     rule: Rule,
     kernels: dict[Any, str],
@@ -168,12 +203,12 @@ def _row(
 def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, ...], tokens: int) -> int:
     """What are not pages of files: float32 copies of the largest matrix, one block's result, statistics."""
     largest = max(row.weights for row in rows)
-    of_blocks = [[row for row in rows if row.block == block] for block in range(len(model.block_names))]
+    of_blocks = [[row for row in rows if row.block == block] for block in [*range(len(model.block_names)), None]]
     packed = max(sum(row.nbytes for row in block) for block in of_blocks)
     outside = sum(checkpoint.nbytes(name) for name in model.outside_keys())
     base = 350 * 2**20  # Python, torch, transformers
     if not tokens:
-        return base + 12 * largest + packed
+        return base + 12 * largest + packed + (outside if of_blocks[-1] else 0)
     width = max(row.target.shape[1] for row in rows)
     decoded = max(sum(row.weights for row in block) for block in of_blocks) * model.dtype.itemsize
     streams = 3 * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize

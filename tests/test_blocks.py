@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, BertConfig, PretrainedConfig, T5C
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from llmquant import blocks
-from llmquant.blocks import StreamedModel, Target, TensorSource
+from llmquant.blocks import StreamedModel, TensorSource
 from llmquant.errors import CheckpointError, PlanError
+from llmquant.matrices import Target
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALL = [*ARCHITECTURES, *MOE]
@@ -366,7 +367,7 @@ def test_a_linear_router_is_no_target() -> None:
     block = torch.nn.ModuleDict({"attention": torch.nn.Linear(8, 4), "mlp": Experts()})
     model.config = MOE["mixtral"]()
     model.block_names = ["layers.0"]
-    model._blocks = torch.nn.ModuleList([block])
+    model._blocks, model._tied, model.causal = [block], set(), True
     assert [name.removeprefix("layers.0.") for name in model.targets(0)] == [
         "attention",
         "mlp.shared",
@@ -509,14 +510,14 @@ def test_a_model_that_works_between_its_blocks_is_refused(tmp_path: Path) -> Non
 
     def forward(input_ids: Tensor, use_cache: bool) -> tuple[Tensor]:
         hidden = model.model.model.embed_tokens(input_ids)
-        for block in model._blocks:
+        for block in model.model.model.layers:
             hidden = block(hidden) * 2
         return (hidden,)
 
     model.model.model.forward = forward
     with pytest.raises(PlanError, match=r"model\.layers\.1"):
         model.embed(text())
-    assert [type(block).__name__ for block in model._blocks] == ["LlamaDecoderLayer"] * 3
+    assert [type(block).__name__ for block in model.model.model.layers] == ["LlamaDecoderLayer"] * 3
 
 
 def test_blocks_with_another_form_of_result_are_refused(tmp_path: Path) -> None:
@@ -526,7 +527,7 @@ def test_blocks_with_another_form_of_result_are_refused(tmp_path: Path) -> None:
 
     def forward(input_ids: Tensor, use_cache: bool) -> tuple[Tensor]:
         hidden = model.model.model.embed_tokens(input_ids)
-        for block in model._blocks:
+        for block in model.model.model.layers:
             hidden, _, _ = block(hidden)
         return (hidden,)
 

@@ -399,7 +399,9 @@ def golden_example(spec: str) -> dict[str, str]:
     fmt = formats.get(spec)
     assert isinstance(fmt, Integer)
     span = fmt.element.highest - fmt.element.lowest + 1
-    codes = (torch.arange(200).view(5, 40) * 7 % span + fmt.element.lowest).to(torch.uint8 if fmt.element.lowest == 0 else torch.int8)
+    codes = (torch.arange(200).view(5, 40) * 7 % span + fmt.element.lowest).to(
+        torch.uint8 if fmt.element.lowest == 0 else torch.int8
+    )
     layout = fmt.layout((5, 40))
     groups = layout["weight_scale"].shape[-1] if fmt.granularity != "tensor" else 1
     rows = 1 if fmt.granularity == "tensor" else 5

@@ -49,6 +49,7 @@ FORBIDDEN = {
     "checkpoint": [*WRITING, "output", "hf", "linear", "formats", "metrics"],
     "output": [*sorted({*WRITING} - {"output"}), "hf", "linear", "formats", "metrics"],
     "blocks": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
+    "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "linear": [*WRITING, "hf", "checkpoint"],
     "hf": WRITING,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,12 +39,12 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def dense_twin(model: Path, folder: Path) -> torch.nn.Module:
-    """The original model with the matrices replaced by what the folder's tensors decode to."""
+def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> torch.nn.Module:
+    """The original model, a `kind`, with the matrices replaced by what the folder's tensors decode to."""
     stored: dict[str, Tensor] = {}
     for shard in folder.glob("*.safetensors"):
         stored |= load_file(shard)
-    twin = AutoModelForCausalLM.from_pretrained(model)
+    twin = kind.from_pretrained(model)
     for tensor in json.loads((folder / MANIFEST).read_text())["tensors"]:
         base = tensor["key"].removesuffix("weight")
         fmt = formats.get(tensor["format"])
@@ -52,7 +53,7 @@ def dense_twin(model: Path, folder: Path) -> torch.nn.Module:
         weight = twin.get_submodule(tensor["name"]).weight
         assert isinstance(weight, Tensor)
         transposed = type(twin.get_submodule(tensor["name"])).__name__ == "Conv1D"
-        weight.data = (decoded.T if transposed else decoded).to(weight.dtype).contiguous()
+        weight.data = (decoded.T if transposed else decoded.view(weight.shape)).to(weight.dtype).contiguous()
     return twin
 
 

@@ -1,0 +1,114 @@
+"""Where the matrices of a model are that can be quantized: which modules hold one, and which blocks repeat.
+
+Nothing here knows the name of a model. A linear layer holds a matrix (out, in); a convolution holds one too, with every
+position of its kernel as a column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmquant.errors import PlanError
+
+if TYPE_CHECKING:  # this is imported while transformers is
+    from transformers import PreTrainedModel
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix that can be quantized, seen as (out, in) however the module stores it.
+
+    name: the module's name in memory; shape: (out, in); transposed: stored as (in, out), as GPT-2's Conv1D does;
+    bias: whether the module also adds a bias; kernel: of a convolution, the sizes of its kernel: the weight
+    (out, channels of a group, *kernel) is seen as (out, the product of the rest).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+    bias: bool
+    kernel: tuple[int, ...] = ()
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """The weight of `module` as an (out, in) view, in the weight's dtype."""
+        weight = module.get_parameter("weight")
+        return weight.t() if self.transposed else weight.flatten(1)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) as the module stores its weight."""
+        if self.kernel:
+            return matrix.unflatten(1, (-1, *self.kernel))
+        return matrix.t().contiguous() if self.transposed else matrix
+
+
+def target_of(name: str, module: nn.Module) -> Target | None:
+    """The matrix that a module holds; None where it holds none, or does something of its own with it."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:  # as where a parametrization makes it of others
+        return None
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, Conv1D):
+        return Target(name, (weight.shape[1], weight.shape[0]), transposed=True, bias=bias)
+    if isinstance(module, nn.Linear):
+        return Target(name, (weight.shape[0], weight.shape[1]), transposed=False, bias=bias)
+    # Some models have kinds of their own, which pad the input or rescale the weight first.
+    if isinstance(module, CONVOLUTIONS) and any(type(module).forward is kind.forward for kind in CONVOLUTIONS):
+        shape = weight.shape[0], math.prod(weight.shape[1:])
+        return Target(name, shape, transposed=False, bias=bias, kernel=tuple(module.kernel_size))
+    return None
+
+
+def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """{name: block} of a causal language model: the largest list as long as the config says the model is deep."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for root in (model.get_decoder(), model):
+        lists = [part for part in root.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+        if lists:
+            largest = max(lists, key=lambda part: sum(value.numel() for value in part.parameters()))
+            name = next(name for name, part in model.named_modules() if part is largest)
+            return {f"{name}.{index}": block for index, block in enumerate(largest)}
+    raise PlanError(f"{type(model).__name__} has no list of repeated blocks as long as its num_hidden_layers, {depth}")
+
+
+def all_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: block} of any model: the members of all its lists; where it has none, it is one block, named ""."""
+    blocks: dict[str, nn.Module] = {}
+    for name, block in _members_of_lists(model, ""):
+        if not any(block is known for known in blocks.values()):
+            blocks[name] = block
+    return blocks or {"": model}
+
+
+def _members_of_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """(name, member) of every list that lies in no other one.
+
+    Members that are no more than one layer do not count: a list of those is several heads, say.
+    """
+    for name, child in module.named_children():
+        members = []
+        if isinstance(child, nn.ModuleList):
+            members = [(number, member) for number, member in child.named_children() if _is_block(member)]
+        for number, member in members:
+            yield f"{prefix}{name}.{number}", member
+        if not members:
+            yield from _members_of_lists(child, f"{prefix}{name}.")
+
+
+def _is_block(module: nn.Module) -> bool:
+    composite = next(module.children(), None) is not None
+    return composite and any(target_of("", part) is not None for part in module.modules())
+
+
+def class_named(architectures: list[str] | None) -> type[PreTrainedModel] | None:
+    """The class that a config's `architectures` name as the checkpoint's own; None where transformers has none such."""
+    found = getattr(transformers, architectures[0], None) if architectures else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
