@@ -248,7 +248,13 @@ def test_disk_that_fills_up_during_the_run_leaves_it_resumable(
 
 def test_interrupt_says_how_to_resume(pycode: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmquant.cli", "quantize", pycode, "--output", tmp_path / "out", "--group", "32"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     partial = tmp_path / "out.partial"
     while not partial.exists() and process.poll() is None:
         time.sleep(0.01)

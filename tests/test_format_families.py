@@ -271,6 +271,26 @@ def test_any_run_of_columns_encodes_and_decodes_as_in_the_whole(spec: str) -> No
         assert torch.equal(fmt.decode(codes[:, start:stop], part), decoded[:, start:stop])
 
 
+@pytest.mark.parametrize("spec", [*SPECS, "int4:g32:asym_float", "int5:g32:sym_gptq"])
+def test_the_lattice_holds_what_codes_stand_for(spec: str) -> None:
+    fmt = settled(spec)
+    w = weights(6, 75, seed=15)
+    grid = fmt.fit(w)
+    codes = fmt.encode(w, grid)
+    lattice = fmt.lattice(grid)
+    assert (lattice.levels.diff(dim=1) >= 0).all()
+    place = (codes.unsqueeze(-1) == lattice.codes).float().argmax(-1)
+    groups = torch.arange(75) // lattice.group
+
+    def of_columns(values: Tensor | None) -> Tensor | float:
+        return 0.0 if values is None else values[:, groups]
+
+    levels = lattice.levels.expand(6, -1).gather(1, place)
+    value = (levels - of_columns(lattice.zero)) * of_columns(lattice.scale) + of_columns(lattice.offset)
+    torch.testing.assert_close(value, fmt.decode(codes, grid), rtol=1e-6, atol=1e-7)
+    assert len(lattice.codes) == len(all_codes(fmt)) - isinstance(fmt.element, Float)  # two zeros are one level
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_decoded_weights_are_quantized_without_loss(spec: str) -> None:
     """By the plain rule, which finds the grid they lie on, and by the search, which cannot do better than nothing."""

@@ -98,6 +98,23 @@ class Grid:
                 work(rows, columns, width, self.scale[own, groups, None], zero)
 
 
+@dataclass(frozen=True)
+class Lattice:
+    """All values that a weight can take on a fixed grid, for loops that round element by element:
+
+        value = (levels[k] - zero) * scale + offset,  code = codes[k]
+
+    scale, zero and offset are those of the element's group, as in Grid: column c of the matrix has entry c // group.
+    """
+
+    levels: Tensor  # (1 or out, K) float32, ascending
+    codes: Tensor  # (K,), the code of every level
+    scale: Tensor  # (1 or out, groups) float32
+    zero: Tensor | None  # (1 or out, groups) float32
+    offset: Tensor | None  # (1 or out, groups) float32
+    group: int
+
+
 class Format(ABC):
     """What codes mean. Instances are immutable values: equal specs are equal formats."""
 
@@ -130,6 +147,10 @@ class Format(ABC):
     @abstractmethod
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """The values (out, columns) float32 that the codes stand for."""
+
+    @abstractmethod
+    def lattice(self, grid: Grid) -> Lattice:
+        """The values that codes stand for on the grid of a whole weight, for each row and group."""
 
     @abstractmethod
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:

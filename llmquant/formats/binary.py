@@ -26,6 +26,9 @@ class Sign(Whole):
     def codes(self, x: Tensor) -> Tensor:
         return x.ge(0).to(torch.int8).mul_(2).sub_(1)
 
+    def all_codes(self) -> Tensor:
+        return torch.tensor([-1, 1], dtype=torch.int8)
+
     def stored(self, codes: Tensor) -> Tensor:
         return codes.gt(0).view(torch.uint8)
 

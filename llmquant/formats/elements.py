@@ -38,6 +38,10 @@ class Element(ABC):
     def levels(self, codes: Tensor) -> Tensor:
         """The levels, float32, that codes stand for."""
 
+    @abstractmethod
+    def all_codes(self) -> Tensor:
+        """Every code that is ever written."""
+
     def stored(self, codes: Tensor) -> Tensor:
         """Codes as the file has them: unsigned, of `bits` bits, uint8."""
         return codes
@@ -95,6 +99,9 @@ class Float(Element):
 
     def levels(self, codes: Tensor) -> Tensor:
         return _looked_up(self._levels.to(codes.device), codes)
+
+    def all_codes(self) -> Tensor:
+        return torch.arange(2**self.bits, dtype=torch.uint8)[self._levels.isfinite()]
 
     @cached_property
     def _levels(self) -> Tensor:
@@ -154,6 +161,9 @@ class Whole(Element):
     def levels(self, codes: Tensor) -> Tensor:
         return codes.float().mul_(self.unit)
 
+    def all_codes(self) -> Tensor:
+        return torch.arange(self.lowest, self.highest + 1, dtype=self.code_dtype)
+
     def stored(self, codes: Tensor) -> Tensor:
         if self.storage == "unsigned":
             return codes
@@ -206,6 +216,9 @@ class Table(Element):
 
     def levels(self, codes: Tensor) -> Tensor:
         return _looked_up(self._values.to(codes.device), codes)
+
+    def all_codes(self) -> Tensor:
+        return torch.arange(len(self.values), dtype=torch.uint8)
 
     def table(self) -> Tensor:
         return torch.nn.functional.pad(self._values, (0, 2**self.bits - len(self.values)), value=self.values[-1])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmquant.errors import PlanError
 from llmquant.formats import clipping, options, packing
-from llmquant.formats.base import Granularity, Grid, TensorSpec
+from llmquant.formats.base import Granularity, Grid, Lattice, TensorSpec
 from llmquant.formats.elements import Whole
 from llmquant.formats.scalar import Found, Scalar
 
@@ -123,6 +123,10 @@ class Integer(Scalar):
 
     def _codes(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return self._steps(x, scale, zero).to(self.element.code_dtype)
+
+    def lattice(self, grid: Grid) -> Lattice:
+        lattice = super().lattice(grid)
+        return replace(lattice, zero=None, offset=grid.zero) if self.convention == "asym_float" else lattice
 
     # ---- fit
 

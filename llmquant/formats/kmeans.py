@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import clustering, options
-from llmquant.formats.base import PIECE, Granularity, Grid, TensorSpec
+from llmquant.formats.base import PIECE, Granularity, Grid, Lattice, TensorSpec
 from llmquant.formats.elements import Element, Whole
 from llmquant.formats.scalar import Scalar
 from llmquant.formats.table import Levels
@@ -104,6 +104,10 @@ class KMeans(Scalar):
             return self._with_table(grid.levels).decode(codes, grid)
         pieces = zip(grid.levels.split(256), codes.split(256), strict=True)
         return torch.cat([levels.gather(1, part.long()) for levels, part in pieces])
+
+    def lattice(self, grid: Grid) -> Lattice:
+        assert grid.levels is not None
+        return replace(super().lattice(grid), levels=grid.levels)
 
     # ---- the file
 

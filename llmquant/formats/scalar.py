@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmquant.errors import PlanError, ScaleOverflow
 from llmquant.formats import clipping, packing
-from llmquant.formats.base import PIECE, Format, Granularity, Grid, TensorSpec, check_finite
+from llmquant.formats.base import PIECE, Format, Granularity, Grid, Lattice, TensorSpec, check_finite
 from llmquant.formats.elements import Element
 from llmquant.formats.options import SCALE_NAMES
 from llmquant_kernels import PackedWeight
@@ -185,6 +185,14 @@ class Scalar(Format):
 
         grid.visit((codes.shape[0], codes.shape[1]), run)
         return w
+
+    def lattice(self, grid: Grid) -> Lattice:
+        codes = self.element.all_codes().to(grid.scale.device)
+        levels = self.element.levels(codes) + 0.0  # -0.0 and 0.0 are one level
+        ascending = levels.argsort(stable=True)
+        levels, codes = levels[ascending], codes[ascending]
+        first = torch.nn.functional.pad(levels[1:] > levels[:-1], (1, 0), value=True)
+        return Lattice(levels[first].view(1, -1), codes[first], grid.scale, grid.zero, None, grid.group)
 
     # ---- the file
 
