@@ -153,6 +153,10 @@ class Format(ABC):
         """The values that codes stand for on the grid of a whole weight, for each row and group."""
 
     @abstractmethod
+    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+        """The scales nearest to `scale` (out,) that a file can hold for this group of the grid of a whole weight."""
+
+    @abstractmethod
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         """Codes and grid of a whole weight as the tensors of the file, by suffix."""
 

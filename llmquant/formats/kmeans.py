@@ -109,6 +109,9 @@ class KMeans(Scalar):
         assert grid.levels is not None
         return replace(super().lattice(grid), levels=grid.levels)
 
+    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+        return super().storable(scale, grid, group) if self._grouped else grid.scale[:, group]
+
     # ---- the file
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:

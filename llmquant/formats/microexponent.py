@@ -99,6 +99,10 @@ class MicroExponent(Scalar):
         byte = shared.clamp(0, 254)
         return (byte << 23).view(torch.float32) * self._unit
 
+    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+        """As it is: a pair's scale is bound to those of its block."""
+        return grid.scale[:, group]
+
     def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError("a pair's scale depends on its block's: see fit")
 

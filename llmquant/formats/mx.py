@@ -92,6 +92,10 @@ class MX(Scalar):
             exponent = exponent + (fraction > 2 * top_fraction).int()
         return exponent - (top_exponent - 1)
 
+    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+        fraction, exponent = torch.frexp(scale.abs())  # the fraction is in [1/2, 1)
+        return self._power(exponent - 1 + (fraction > 2**-0.5).int(), scale)
+
     @staticmethod
     def _power(exponent: Tensor, largest: Tensor) -> Tensor:
         byte = torch.where(largest == 0, 0, exponent.clamp(-BIAS, BIAS) + BIAS)

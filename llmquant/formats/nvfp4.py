@@ -84,6 +84,11 @@ class NVFP4(Scalar):
     def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError("a block's scale depends on the tensor's: see fit")
 
+    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+        assert grid.outer is not None
+        outer = grid.outer.view(())
+        return E4M3.levels(E4M3.codes(scale.abs() / outer).clamp_(min=1)) * outer
+
     # ---- the file
 
     def _check_group(self, columns: int) -> None:

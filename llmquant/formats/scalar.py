@@ -194,6 +194,9 @@ class Scalar(Format):
         first = torch.nn.functional.pad(levels[1:] > levels[:-1], (1, 0), value=True)
         return Lattice(levels[first].view(1, -1), codes[first], grid.scale, grid.zero, None, grid.group)
 
+    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+        return self._store(scale)
+
     # ---- the file
 
     def _group(self, columns: int) -> int:

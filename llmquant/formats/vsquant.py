@@ -121,6 +121,11 @@ class VSQuant(Scalar):
         new = new.unsqueeze(1)
         return self._store(torch.where(torch.isfinite(new) & (new > 0), new, outer))
 
+    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+        assert grid.outer is not None
+        outer = grid.outer.squeeze(1)
+        return outer * (scale / outer).round().clamp(1, self._most)
+
     def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError("a vector's scale depends on its row's: see fit")
 
