@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmquant.blocks import Call, StreamedModel
 from llmquant.errors import DataError
 from llmquant.matrices import Target
-from llmquant.stats import Stats
+from llmquant.stats import HELD, Stats
 
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
 
@@ -30,13 +30,20 @@ class Streams:
     reference: list[Tensor]
     quantized: list[Tensor]
     calls: list[list[Call]]  # per batch, per block
+    held: list[bool]  # per batch: whether its tokens stay out of all sums, to judge solutions on
 
     @classmethod
     def start(cls, model: StreamedModel, windows: Tensor, batch: int, progress: Callable[[int, int], None]) -> Streams:
-        """Embed windows (n, length) int64. Loads the parts outside the blocks, and lets go of them again."""
-        streams = cls(model, [], [], [])
+        """Embed windows (n, length) int64. Loads the parts outside the blocks, and lets go of them again.
+
+        The last eighth of the windows is held out.
+        """
+        streams = cls(model, [], [], [], [])
         model.load_outside()
-        for tokens in windows.split(batch):
+        summed = len(windows) - len(windows) // 8
+        batches = [*windows[:summed].split(batch), *(windows[summed:].split(batch) if summed < len(windows) else ())]
+        streams.held = [index >= -(-summed // batch) for index in range(len(batches))]
+        for tokens in batches:
             hidden, calls = model.embed(tokens.to(model.device))
             streams.reference.append(hidden)
             streams.calls.append(streams._shared(calls))
@@ -59,37 +66,49 @@ class Streams:
             self.quantized[i] = self.model.run_block(block, self.quantized[i], calls[block])
             self.reference[i] = reference
 
-    def collect(self, block: int, stage: list[Target], swap: WeightSwap) -> Stats:
+    def collect(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
-        stats = Stats.empty(stage[0].shape[1], self.model.device)
-        linear = self.model.module(stage[0])
+        stats = Stats.empty(stage.targets[0].shape[1], self.model.device)
         for i, calls in enumerate(self.calls):
             with swap.original():
-                references = self._inputs(block, linear, self.reference[i], calls[block])
-            inputs = self._inputs(block, linear, self.quantized[i], calls[block])
-            for x, x_ref in zip(inputs, references, strict=True):
-                stats.update(x, x_ref)
+                x_ref, carried_ref = self._inputs(block, stage, self.reference[i], calls[block])
+            x, carried = self._inputs(block, stage, self.quantized[i], calls[block])
+            if x is None or x_ref is None:
+                continue
+            debt = None if carried is None or carried_ref is None else carried_ref - carried
+            if self.held[i]:
+                stats.hold(x, x_ref, debt, most=HELD // sum(self.held))
+            else:
+                stats.update(x, x_ref, debt)
         self._judge(stats, stage)
         return stats
 
-    def _inputs(self, block: int, linear: nn.Module, hidden: Tensor, call: Call) -> list[Tensor]:
+    def _inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        """What enters a stage, and the residual stream that its output is added to, where it is."""
         found: list[Tensor] = []
+        carried = [hidden] if stage.carrier is BLOCK_INPUT else []
 
         def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(args[0])
             raise _SeenEnough
 
-        handle = linear.register_forward_pre_hook(catch)
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            carried.append(args[0])
+
+        handles = [self.model.module(stage.targets[0]).register_forward_pre_hook(catch)]
+        if isinstance(stage.carrier, nn.Module):
+            handles.append(stage.carrier.register_forward_pre_hook(note))
         try:
             self.model.run_block(block, hidden, call)
         except _SeenEnough:
             pass
         finally:
-            handle.remove()
-        return found
+            for handle in handles:
+                handle.remove()
+        return next(iter(found), None), next(iter(carried), None)
 
-    def _judge(self, stats: Stats, stage: list[Target]) -> None:
-        names = ", ".join(target.name for target in stage)
+    def _judge(self, stats: Stats, stage: Stage) -> None:
+        names = ", ".join(target.name for target in stage.targets)
         if stats.dropped > MAX_DROPPED * (stats.tokens + stats.dropped):
             raise DataError(
                 f"{names}: {stats.dropped} of {stats.tokens + stats.dropped} calibration tokens give inputs that are "
@@ -102,30 +121,83 @@ class _SeenEnough(Exception):
     """Ends a block's forward pass once the wanted input was seen."""
 
 
-def stages(model: StreamedModel, block: int, streams: Streams) -> list[list[Target]]:
+BLOCK_INPUT = "block input"
+
+
+@dataclass
+class Stage:
+    """Targets that share one input tensor.
+
+    carrier: what holds the residual stream that the output of the only target is added to: a module whose input it is,
+    or the block's own input; None where the output is not simply added to one.
+    """
+
+    targets: list[Target]
+    carrier: nn.Module | str | None = None
+
+
+def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:
     """The block's targets in the order in which they are called, those that share one input tensor together.
 
-    Found by running one batch and comparing tensors by identity: no table of architectures. Targets that the batch did
-    not reach are left out.
+    Found by running one batch and comparing tensors: no table of architectures. Targets that the batch did not reach
+    are left out.
     """
-    seen: list[tuple[Tensor, list[Target]]] = []
-    handles = []
-    for target in model.targets(block).values():
+    targets = {model.module(target): target for target in model.targets(block).values()}
+    hidden = streams.reference[0]
+    found: list[tuple[Tensor, Stage]] = []
+    outputs: dict[str, Tensor] = {}
+    inputs: list[tuple[nn.Module, Tensor]] = []  # of any module, those that look like hidden states
 
-        def note(_: nn.Module, args: tuple[Any, ...], target: Target = target) -> None:
-            for tensor, stage in seen:
-                if tensor is args[0]:
-                    stage.append(target)
-                    return
-            seen.append((args[0], [target]))
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape == hidden.shape:
+            inputs.append((module, args[0]))
+        if module not in targets:
+            return
+        known = next((stage for tensor, stage in found if tensor is args[0]), None)
+        if known is None:
+            found.append((args[0], Stage([targets[module]])))
+        else:
+            known.targets.append(targets[module])
 
-        handles.append(model.module(target).register_forward_pre_hook(note))
+    def leave(module: nn.Module, _: Any, output: Tensor) -> None:
+        if output.shape == hidden.shape:
+            outputs[targets[module].name] = output
+
+    handles = [
+        part.register_forward_pre_hook(enter) for part in model.model.get_submodule(model.block_names[block]).modules()
+    ]
+    handles += [module.register_forward_hook(leave) for module in targets]
     try:
-        model.run_block(block, streams.reference[0], streams.calls[0][block])
+        result = model.run_block(block, hidden, streams.calls[0][block])
     finally:
         for handle in handles:
             handle.remove()
-    return [stage for _, stage in seen]
+    _find_carriers([stage for _, stage in found], outputs, hidden, inputs, result)
+    return [stage for _, stage in found]
+
+
+def _find_carriers(
+    stages: list[Stage],
+    outputs: dict[str, Tensor],
+    hidden: Tensor,
+    inputs: list[tuple[nn.Module, Tensor]],
+    result: Tensor,
+) -> None:
+    """A target's output is added to a residual stream if their sum, to the last bit, is a tensor seen later on."""
+    streams: list[tuple[nn.Module | str, Tensor]] = [(BLOCK_INPUT, hidden)]
+    for stage in stages:
+        output = outputs.get(stage.targets[0].name)
+        if output is None or len(stage.targets) > 1:
+            continue
+        for carrier, stream in reversed(streams):
+            total = stream + output
+            if torch.equal(total, result):
+                stage.carrier = carrier
+            elif (later := next((module for module, tensor in inputs if torch.equal(tensor, total)), None)) is not None:
+                stage.carrier = carrier
+                streams.append((later, total))
+            if stage.carrier is not None:
+                break
 
 
 @dataclass

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from llmquant import text
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap, stages
+from llmquant.calibration import Stage, Streams, WeightSwap, stages
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
 from llmquant.formats.base import all_finite
 from llmquant.output import OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
-from llmquant.solvers import SOLVERS, Solution
+from llmquant.solvers import CALIBRATED, SOLVERS, Solution
 from llmquant.stats import Stats, energy
 from llmquant.version import __version__
 
@@ -209,15 +209,15 @@ def _solve_block(
     """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
     rows = {row.target.name: row for row in prepared.plan.of_block(block)}
     order = [] if streams is None else stages(prepared.model, block, streams)
-    reached = {target.name for stage in order for target in stage}
-    order += [[row.target] for name, row in rows.items() if name not in reached]
+    reached = {target.name for stage in order for target in stage.targets}
+    order += [Stage([row.target]) for name, row in rows.items() if name not in reached]
     results: dict[str, Result] = {}
     for stage in order:
-        wanted = [rows[target.name] for target in stage if target.name in rows]
+        wanted = [rows[target.name] for target in stage.targets if target.name in rows]
         if not wanted:
             continue
         stats = None
-        if streams is not None and stage[0].name in reached:
+        if streams is not None and stage.targets[0].name in reached:
             stats = streams.collect(block, stage, swap)
         for row in wanted:
             result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), stats)
@@ -242,11 +242,14 @@ def _solve_outside(prepared: Prepared) -> list[Result]:
 def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     """weight (out, in) in the model's type."""
     w = weight.float()
+    name, options = row.rule.solver, row.rule.options
+    if stats is None and name in CALIBRATED:  # no token came through it: it lies outside the blocks, or idles
+        name, options = "rtn", {key: value for key, value in options.items() if key == "clip"}
     try:
-        solution = SOLVERS[row.rule.solver](w, stats, row.format, **row.rule.options)
+        solution = SOLVERS[name](w, stats, row.format, **options)
     except LlmquantError as error:
         raise type(error)(f"{row.key}: {error}") from None
-    return Result(row, solution, _report(row, w, solution, stats))
+    return Result(row, solution, {**_report(row, w, solution, stats), "solver": name})
 
 
 def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dict[str, Any]:
@@ -266,6 +269,7 @@ def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dic
         **report,
         "error": _ratio(energy(error), energy(w)),
         "output_error": _ratio(solution.loss, stats.output_energy(w)),
+        "steps": [asdict(step) for step in solution.steps],
         "tokens": stats.tokens,
         "dropped": stats.dropped,
     }

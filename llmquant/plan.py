@@ -20,7 +20,7 @@ from llmquant.formats import Format
 from llmquant.matrices import Target
 from llmquant.output import free_bytes
 from llmquant.recipe import Recipe, Rule
-from llmquant.solvers import SOLVERS
+from llmquant.solvers import CALIBRATED, SOLVERS
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def make_plan(
     Raises PlanError (names the tensor) or OutputError (not enough disk).
     """
     blocks = [*range(len(model.block_names)), None]
-    _check_recipe(model, recipe)
+    recipe = recipe.settled(calibration_tokens > 0)
+    _check_recipe(model, recipe, calibration_tokens > 0)
     kernels: dict[Any, str] = {}
     decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
     rows = tuple(decision for decision in decided if isinstance(decision, Row))
@@ -126,7 +127,7 @@ def make_plan(
     return Plan(rows, kept, before, after, memory, _seconds(rows, calibration_tokens))
 
 
-def _check_recipe(model: StreamedModel, recipe: Recipe) -> None:
+def _check_recipe(model: StreamedModel, recipe: Recipe, calibrated: bool) -> None:
     """Raises PlanError where there is nothing that the rules could be about, or what they say cannot be."""
     patterns = {rule.pattern for rule in recipe.rules}
     names = [name for block in [*range(len(model.block_names)), None] for name in model.targets(block)]
@@ -137,7 +138,7 @@ def _check_recipe(model: StreamedModel, recipe: Recipe) -> None:
             f"{type(model.model).__name__} has no linear layer and no plain convolution in repeated blocks"
             + (f": name others in full in the rules of a recipe, such as {example}" if example else "")
         )
-    recipe.check(names)
+    recipe.check(names, calibrated)
 
 
 def _decide(
@@ -215,19 +216,27 @@ def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, 
     return base + max(outside, 12 * largest + packed + decoded + 3 * 4 * width**2) + streams
 
 
+def _operations(rows: int, columns: int) -> float:
+    """Of the gptq solver: three targets, each a Cholesky factor and two solutions, the factor of the sweep, and eight
+    products of the weight with the Hessian.
+    """
+    return (3 / 3 + 2 / 3) * columns**3 + (3 * 4 + 8 * 2) * rows * columns**2
+
+
 def _seconds(rows: tuple[Row, ...], tokens: int) -> float:
     """Scaled up from quantizing a small random matrix and, with calibration, from one matrix product."""
     total = 0.0
     measured: dict[Any, float] = {}
     for row in rows:
-        known = (row.format, row.rule.solver, *row.rule.options.items())
+        clip = row.rule.options.get("clip", "search")
+        known = (row.format, clip)
         if known not in measured:
             columns = row.target.shape[1]
             w = torch.randn(max(1, 2**19 // columns), columns)
             start = time.perf_counter()
-            SOLVERS[row.rule.solver](w, None, row.format, **row.rule.options)
+            SOLVERS["rtn"](w, None, row.format, clip=clip)
             measured[known] = (time.perf_counter() - start) / w.numel()
-        total += measured[known] * row.weights
+        total += measured[known] * row.weights * (2 if row.rule.solver in CALIBRATED else 1)
     if tokens:
         a = torch.randn(512, 512)
         start = time.perf_counter()
@@ -236,5 +245,6 @@ def _seconds(rows: tuple[Row, ...], tokens: int) -> float:
         # Two streams through the block about three times (stages, then advance), and two outer products of every input.
         forward = 3 * 2 * 2 * tokens * sum(row.weights for row in rows)
         statistics = 2 * 2 * tokens * sum(row.target.shape[1] ** 2 for row in rows)
-        total += flop * (forward + statistics)
+        solving = sum(_operations(*row.target.shape) for row in rows if row.rule.solver in CALIBRATED)
+        total += flop * (forward + statistics + solving)
     return total

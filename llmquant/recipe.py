@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class Rule:
 
     pattern: str
     format: str | None
-    solver: str = "rtn"
+    solver: str = "auto"  # gptq where there is calibration, else rtn
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,18 +57,25 @@ class Recipe:
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(rule) for rule in self.rules]
 
+    def settled(self, calibrated: bool) -> Recipe:
+        """With a solver's name in every rule."""
+        name = "gptq" if calibrated else "rtn"
+        return Recipe(tuple(replace(rule, solver=name) if rule.solver == "auto" else rule for rule in self.rules))
+
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches the module, or None: it stays dense."""
         return next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
 
-    def check(self, names: list[str]) -> None:
+    def check(self, names: list[str], calibrated: bool) -> None:
         """Raises PlanError for unknown formats and solvers, and for rules that match none of the modules."""
-        from llmquant.solvers import SOLVERS
+        from llmquant.solvers import CALIBRATED, SOLVERS
 
         for rule in self.rules:
             if rule.format is not None:
                 formats.get(rule.format)
             if rule.solver not in SOLVERS:
                 raise PlanError(f"solver {rule.solver!r} is unknown: known are {', '.join(SOLVERS)}")
+            if rule.solver in CALIBRATED and not calibrated:
+                raise PlanError(f"solver {rule.solver!r} needs calibration: use --quality balanced, or solver rtn")
             if not any(fnmatchcase(name, rule.pattern) for name in names):
                 raise PlanError(f"pattern {rule.pattern!r} matches no module that can be quantized, such as {names[0]}")

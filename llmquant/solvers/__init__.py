@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llmquant.solvers import rtn
-from llmquant.solvers.base import Solution, Solver
+from llmquant.solvers import gptq, rtn
+from llmquant.solvers.base import Solution, Solver, Step
 
-__all__ = ["SOLVERS", "Solution", "Solver"]
+__all__ = ["CALIBRATED", "SOLVERS", "Solution", "Solver", "Step"]
 
-SOLVERS: dict[str, Solver] = {"rtn": rtn.solve}
+SOLVERS: dict[str, Solver] = {"rtn": rtn.solve, "gptq": gptq.solve}
+CALIBRATED = {"gptq"}  # those that cannot do without

@@ -11,12 +11,22 @@ from llmquant.formats import Grid
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of a solver: what it left of the error on tokens held out, and whether its result was kept."""
+
+    name: str
+    error: float  # relative to the outputs of the unquantized weight, root mean square
+    kept: bool
+
+
+@dataclass(frozen=True)
 class Solution:
     """What a solver found for one weight."""
 
     codes: Tensor  # (out, in)
     grid: Grid
     loss: float  # tr((W - Q) H (W - Q)^T) / tokens where calibrated, else |W - Q|^2
+    steps: tuple[Step, ...] = ()
 
 
 # solve(w, stats, fmt, **options): w (out, in) float32; stats of the inputs it saw, or None without calibration.

@@ -1,0 +1,271 @@
+"""How the loss curves in the outputs of every linear: one backward pass, with one block in memory at a time.
+
+Let g be the gradient of the loss with respect to what a linear puts out at one token. G = E[g g^T], (out, out), is the
+output side of the Kronecker-factored Fisher information (K-FAC, arXiv 1503.05671): with H = E[x x^T] of the inputs, a
+change D (out, in) of the weight costs the model about tr(G D H D^T) / 2.
+
+The loss is the cross-entropy, summed over all tokens, of labels drawn from the model's own predictions: that makes it
+the true Fisher information of the model, and not the empirical one, which the errors of the text would enter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmquant.blocks import Call, StreamedModel
+from llmquant.calibration import Streams
+from llmquant.errors import OutputError, PlanError
+
+CHUNK_BYTES = 2**26  # of float32 logits that exist at once
+# For float16, in which the smallest gradients would be lost; those of a thousand still fit, and few are above ten.
+# A power of two, so that it changes no digit in the other types.
+LOSS_SCALE = 2.0**6
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """G of one linear, as much of it as lies in square blocks along the diagonal.
+
+    blocks: (ceil(out / b), b, b) float32: block i holds the rows and columns i b to (i + 1) b of G; rows of the last
+        one that lie beyond `out` are those of the identity.
+    rows: out. tokens: how many the mean is over. dropped: how many were left out because g held NaN or Inf.
+    """
+
+    blocks: Tensor
+    rows: int
+    tokens: int
+    dropped: int
+
+
+def _silent(done: int, total: int) -> None:
+    """The progress of a run that nobody watches."""
+
+
+@torch.no_grad()
+def curvature(
+    model: StreamedModel,
+    windows: Tensor,
+    *,
+    batch: int = 8,
+    seed: int = 0,
+    block: int = 32,
+    full_limit: int = 512,
+    spill: Path | None = None,
+    memory: int = 2**32,
+    progress: Callable[[int, int], None] = _silent,
+) -> dict[str, Curvature]:
+    """G of every target of every block, by the target's name, in the model's order.
+
+    A target that no gradient reaches, as an expert that is never chosen, has no entry.
+
+    windows: (n, length) int64; batch: how many of them run at once, which does not change the labels drawn.
+    block: rows of a block of G; up to full_limit rows, G is one block.
+    spill: a folder for the hidden states that enter the blocks, should they need more than `memory` bytes.
+    progress: blocks passed, of all; every block is passed twice.
+    Nothing of the model is loaded before, or after. Raises PlanError where blocks hand on more than hidden states, and
+    OutputError where those cannot be written to `spill`.
+    """
+    states, calls = _start(model, windows, batch, spill, memory)
+    depth = len(calls)
+    for index in range(depth):
+        with _loaded(model, index):
+            _forward(model, index, states[index], states[index + 1], calls[index])
+        progress(index + 1, 2 * depth)
+    _head(model, windows, states[depth], seed)
+    found: dict[str, Curvature] = {}
+    for index in reversed(range(depth)):
+        targets = model.targets(index).values()
+        sums = {target.name: _Sum(target.shape[0], block, full_limit, model.device) for target in targets}
+        with _loaded(model, index):
+            _backward(model, index, states[index], states[index + 1], calls[index], sums)
+        found = {**{name: total.mean() for name, total in sums.items() if total.tokens}, **found}
+        progress(2 * depth - index, 2 * depth)
+    return found
+
+
+def save(found: dict[str, Curvature], path: Path) -> None:
+    """Write what `curvature` returned as one safetensors file, which appears under its name when it is complete."""
+    tensors = {name: part.blocks for name, part in found.items()}
+    # Not as metadata, whose order in the file changes from run to run.
+    counts = {f"{name}/counts": torch.tensor([part.rows, part.tokens, part.dropped]) for name, part in found.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors | counts, temporary, {"format": "pt"})
+    temporary.replace(path)
+
+
+def load(path: Path) -> dict[str, Curvature]:
+    """What `save` wrote."""
+    tensors = load_file(path)
+    names = [name for name in tensors if f"{name}/counts" in tensors]
+    return {name: Curvature(tensors[name], *tensors[f"{name}/counts"].tolist()) for name in names}
+
+
+def _start(
+    model: StreamedModel, windows: Tensor, batch: int, spill: Path | None, memory: int
+) -> tuple[list[tuple[Tensor, ...]], list[list[Call]]]:
+    """Room for the hidden states that enter each block and leave the last one, and how each is called: by batch.
+
+    Those that enter the first block are in place. All are views of one tensor (blocks + 1, n, length, hidden).
+    """
+    streams = Streams.start(model, windows, batch, _silent)
+    sizes, shape = [len(hidden) for hidden in streams.reference], streams.reference[0].shape
+    if len(shape) != 3 or sum(sizes) != len(windows):
+        raise PlanError(f"{model.block_names[0]}: its hidden states, {tuple(shape)}, are not (batch, tokens, size)")
+    depth = len(model.block_names)
+    room = _room((depth + 1, *windows.shape, shape[2]), streams.reference[0].dtype, spill, memory)
+    states = [part.split(sizes) for part in room]
+    for entering, hidden in zip(states[0], streams.reference, strict=True):
+        entering.copy_(hidden)
+    return states, [[of_batch[index] for of_batch in streams.calls] for index in range(depth)]
+
+
+@contextmanager
+def _loaded(model: StreamedModel, block: int) -> Iterator[None]:
+    model.load_block(block)
+    try:
+        yield
+    finally:
+        model.unload_block(block)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None, memory: int) -> Tensor:
+    """A tensor to write to: in memory, or mapped to a file without a name, which goes when the tensor does."""
+    size = math.prod(shape)
+    if spill is None or size * dtype.itemsize <= memory:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        with tempfile.NamedTemporaryFile(dir=spill) as file:
+            # Where the file had holes, a full disk would kill the process when a page is written.
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+    except OSError as error:
+        raise OutputError(
+            f"{spill}: {size * dtype.itemsize:,} bytes of hidden states cannot be written: {error}: free some space, "
+            "or take fewer tokens"
+        ) from None
+
+
+def _forward(
+    model: StreamedModel, index: int, before: tuple[Tensor, ...], after: tuple[Tensor, ...], calls: list[Call]
+) -> None:
+    """Run a block on the hidden states `before` it, batch by batch, and write what leaves it to `after`."""
+    for entering, leaving, call in zip(before, after, calls, strict=True):
+        given = [id(tensor) for tensor in _tensors(call)]
+        leaving.copy_(model.run_block(index, entering.to(model.device), call))
+        if [id(tensor) for tensor in _tensors(call)] != given:
+            # Some models keep keys and values for later blocks: the gradient with respect to those would be missed.
+            raise PlanError(f"{model.block_names[index]} hands on more than hidden states: there is no curvature of it")
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """All tensors in a nest of arguments."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Mapping | list | tuple):
+        for inner in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors(inner)
+
+
+def _head(model: StreamedModel, windows: Tensor, states: tuple[Tensor, ...], seed: int) -> None:
+    """Replace the hidden states that leave the last block by the gradients of the loss there.
+
+    What comes after the blocks treats each token by itself, so it can run on any piece of a window.
+    """
+    # Drawn in advance, for all tokens: the labels then depend neither on the device nor on how tokens are batched.
+    draws = 1 - torch.rand(windows.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    length = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
+    single = [window for of_batch in states for window in of_batch.split(1)]
+    model.load_outside()
+    for window in zip(windows.split(1), single, draws.split(1), strict=True):
+        for tokens, hidden, draw in zip(*(part.split(length, dim=1) for part in window), strict=True):
+            with torch.enable_grad():
+                leaf = hidden.to(model.device).detach().requires_grad_()
+                logits = model.logits(tokens, leaf).float()
+                labels = _sample(logits.detach(), draw.to(model.device))
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                (gradient,) = torch.autograd.grad(LOSS_SCALE * loss, leaf)
+            hidden.copy_(gradient)
+    model.unload_outside()
+
+
+def _sample(logits: Tensor, draws: Tensor) -> Tensor:
+    """The tokens at which the distributions of logits (..., vocabulary) first reach draws (...), uniform in (0, 1].
+
+    As no draw is 0 and none above 1, no token without probability is ever drawn.
+    """
+    distribution = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    labels = torch.searchsorted(distribution, draws[..., None] * distribution[..., -1:])[..., 0]
+    return labels.clamp_max(logits.shape[-1] - 1)  # where the logits are NaN
+
+
+def _backward(
+    model: StreamedModel,
+    index: int,
+    before: tuple[Tensor, ...],
+    after: tuple[Tensor, ...],
+    calls: list[Call],
+    sums: dict[str, _Sum],
+) -> None:
+    """Replace the hidden states `before` a block by their gradients, given those of what leaves it in `after`.
+
+    On the way the gradients of the outputs of linears are added to `sums`, {name: sum}.
+    """
+    handles = [model.model.get_submodule(name).register_forward_hook(partial(_watch, sums[name])) for name in sums]
+    try:
+        for entering, leaving, call in zip(before, after, calls, strict=True):
+            with torch.enable_grad():
+                leaf = entering.to(model.device).detach().requires_grad_()
+                output = model.run_block(index, leaf, call)
+                (gradient,) = torch.autograd.grad(output, leaf, leaving.to(output))
+            entering.copy_(gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(total: _Sum, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """A forward hook: have the gradient of the output added as soon as it is known, so that it is not kept."""
+    if output.requires_grad:
+        output.register_hook(total.add)
+
+
+class _Sum:
+    """The sum over tokens of the diagonal blocks of g g^T, for g of `rows` entries."""
+
+    def __init__(self, rows: int, block: int, full_limit: int, device: torch.device) -> None:
+        width = rows if rows <= full_limit else block
+        self.rows, self.tokens, self.dropped = rows, 0, 0
+        shape = math.ceil(rows / width), width, width
+        self.blocks = torch.zeros(shape, dtype=torch.float64, device=device)  # float32 loses digits over many batches
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the tokens of (..., rows); those that are not finite are left out and counted."""
+        g = gradient.flatten(0, -2).float()
+        finite = torch.linalg.vecdot(g, g).isfinite()  # cheaper than asking each entry
+        if not finite.all():
+            self.dropped += int((~finite).sum())
+            g = g[finite]
+        self.tokens += len(g)
+        count, width, _ = self.blocks.shape
+        if short := count * width - self.rows:
+            g = nn.functional.pad(g, (0, short))
+        g = g.unflatten(1, (count, width)).transpose(0, 1)
+        self.blocks += g.mT @ g
+
+    def mean(self) -> Curvature:
+        blocks = (self.blocks / (self.tokens * LOSS_SCALE**2)).float()
+        count, width, _ = blocks.shape
+        blocks[-1].diagonal()[self.rows - (count - 1) * width :] = 1
+        return Curvature(blocks.cpu(), self.rows, self.tokens, self.dropped)

@@ -1,0 +1,205 @@
+"""GPTQ with an asymmetric target, then coordinate descent: rounding errors are moved to where they hurt least.
+
+The weight is rounded column by column, and what each rounding lost is spread over the columns still to come
+(E. Frantar et al., "GPTQ", arXiv:2210.17323; the same as LDLQ of J. Chee et al., "QuIP", arXiv:2307.13304, section 3).
+Three things are added:
+
+target   The inputs x of the quantized model are not those, x_ref, that the original weight was made for, and the
+         residual stream that the output is added to lacks some d already. What minimizes |Q x - W x_ref - d|^2 is as
+         near as can be, in the metric of the Hessian, to W* = W + E[(W (x_ref - x) + d) x^T] (H + l diag H)^-1 with
+         H = E[x x^T]. How far to go towards W*, and l, are chosen on tokens that none of the sums contains.
+refit    With all codes as they are the best scale of a group is known in closed form; it is taken where it still is
+         better after rounding to its stored type.
+descent  With all scales and all other codes as they are the best value of one code is known: column by column, as often
+         as asked.
+
+Every step is judged on held-out tokens and taken back where it made things worse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.formats import Format, Grid
+from llmquant.formats.base import Lattice
+from llmquant.solvers import loops
+from llmquant.solvers.base import Solution, Step
+from llmquant.stats import Held, Stats, energy
+
+BLOCK = 128  # columns whose errors are spread at once
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # l, as a fraction of every input's own mean square
+DAMPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def solve(
+    w: Tensor,
+    stats: Stats | None,
+    fmt: Format,
+    *,
+    clip: str = "search",
+    damp: float = 0.03,
+    target: bool = True,
+    rounds: int = 2,
+) -> Solution:
+    """w (out, in) float32. Raises what Format.fit raises, and ValueError without calibration.
+
+    clip: the format's named rule for the range; damp: the fraction by which the Hessian's diagonal is raised;
+    target: aim at W* where held-out tokens agree; rounds: of refit and descent after the sweep.
+    """
+    if stats is None:
+        raise ValueError("gptq needs calibration")
+    ladder = _Ladder(w, stats.held)
+    importance = stats.importance()
+    codes, grid = fmt.quantize(w, importance, clip=clip)
+    ladder.offer("rounding", codes, grid, fmt)
+    hessian = damped(stats.hessian, damp)
+    aim = aimed(w, stats) if target else w
+    grid = fmt.fit(aim, importance, clip=clip)
+    lattice = fmt.lattice(grid)
+    places = sweep(aim, hessian, lattice)
+    ladder.offer("sweep", lattice.codes[places.int()], grid, fmt)
+    for round in range(rounds):
+        grid = refit(aim, places, grid, fmt, hessian)
+        lattice = fmt.lattice(grid)
+        places, _ = loops.descend(aim, places, lattice, hessian)
+        ladder.offer(f"descent {round + 1}", lattice.codes[places.int()], grid, fmt)
+    if rounds:
+        grid = refit(aim, places, grid, fmt, hessian)
+        ladder.offer("refit", lattice.codes[places.int()], grid, fmt)
+    error = fmt.decode(ladder.codes, ladder.grid).sub_(w)
+    return Solution(ladder.codes, ladder.grid, stats.output_energy(error), tuple(ladder.steps))
+
+
+class _Ladder:
+    """The best solution so far, as judged on held-out tokens; without any the last one offered is the best."""
+
+    codes: Tensor
+    grid: Grid
+
+    def __init__(self, w: Tensor, held: Held | None) -> None:
+        self.w, self.held = w, held
+        self.best = float("inf")
+        self.steps: list[Step] = []
+
+    def offer(self, name: str, codes: Tensor, grid: Grid, fmt: Format) -> None:
+        error = float("nan") if self.held is None else self.held.error(self.w, fmt.decode(codes, grid))
+        kept = not error >= self.best
+        self.steps.append(Step(name, error, kept))
+        if kept:
+            self.codes, self.grid, self.best = codes, grid, error
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """The Hessian (in, in), symmetric to the last bit, its diagonal raised by the fraction `damp` of itself.
+
+    Relative to each input's own size, so that a loud input does not drown the others, and weights and inputs may be
+    scaled against each other without changing a thing. Inputs that were never active get a millionth of the mean.
+    """
+    hessian = (hessian + hessian.T).div_(2)
+    diagonal = hessian.diagonal()
+    floor = (1e-6 * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    diagonal.mul_(1 + damp).clamp_min_(floor)
+    return hessian
+
+
+def aimed(w: Tensor, stats: Stats) -> Tensor:
+    """w + a (W* - w), with the a in [0, 1] and the l of least loss on held-out tokens."""
+    held = stats.held
+    if held is None:
+        return w
+    missed = held.missed(w)  # (tokens, out)
+    wanted = w @ stats.cross  # (out, in)
+    if stats.debt is not None:
+        wanted += stats.debt
+    best, chosen = 0.0, None
+    for ridge in RIDGES:
+        factor, failed = torch.linalg.cholesky_ex(damped(stats.hessian, ridge))
+        if failed:
+            continue
+        change = torch.cholesky_solve(wanted.T, factor).T
+        effect = held.x @ change.T
+        overlap, size = float((effect * missed).sum(dtype=torch.float64)), energy(effect)
+        step = min(1.0, max(0.0, overlap / max(size, 1e-30)))
+        gain = 2 * step * overlap - step * step * size
+        if gain > best:
+            best, chosen = gain, change * step
+    return w if chosen is None else w + chosen
+
+
+def inverse_factor(hessian: Tensor) -> Tensor | None:
+    """Upper U with U^T U = hessian^-1: of the flipped matrix one Cholesky factor, inverted and flipped back.
+
+    Half the arithmetic of inverting and factoring again, and one rounding less. None where the matrix is not positive
+    definite.
+    """
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if failed:
+        return None
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+
+
+def robust_factor(hessian: Tensor) -> Tensor:
+    """inverse_factor of a damped Hessian that may still be singular: more damping until it is not."""
+    for extra in (0.0, *DAMPS):
+        factor = inverse_factor(damped(hessian, extra) if extra else hessian)
+        if factor is not None and torch.isfinite(factor.diagonal()).all():
+            return factor
+    return torch.diag(hessian.diagonal().rsqrt())  # errors stay where they are made: plain rounding
+
+
+def sweep(w: Tensor, hessian: Tensor, lattice: Lattice) -> Tensor:
+    """Places (out, in) uint8 of the levels chosen, columns of large diagonal first, the grid fixed beforehand."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = robust_factor(hessian[order][:, order])
+    rest = w[:, order].contiguous()
+    places = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, w.shape[1], BLOCK):
+        block = slice(start, min(start + BLOCK, w.shape[1]))
+        columns = order[block]
+        current = rest[:, block].contiguous()
+        found, errors = loops.gptq_block(current, factor[block, block].contiguous(), lattice, columns)
+        places[:, columns] = found
+        rest[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+    return places
+
+
+def steps_of(places: Tensor, lattice: Lattice) -> Tensor:
+    """The levels chosen less their zero (out, in) float32: what the scale multiplies."""
+    levels = lattice.levels.expand(len(places), -1).gather(1, places.long())
+    if lattice.zero is not None:
+        levels -= of_columns(lattice.zero, places.shape[1], lattice.group)
+    return levels
+
+
+def of_columns(values: Tensor, columns: int, group: int) -> Tensor:
+    """(out or 1, groups) -> (out or 1, columns)"""
+    return values.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def refit(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> Grid:
+    """Group after group the scale of least loss for the codes as they are, kept where its stored value is better."""
+    if len(grid.scale) != len(w):  # one scale for all rows: it is not the rows' to choose
+        return grid
+    lattice = fmt.lattice(grid)
+    steps = steps_of(places, lattice)
+    offset: Any = 0.0 if lattice.offset is None else of_columns(lattice.offset, w.shape[1], grid.group)
+    residual = w - steps * of_columns(grid.scale, w.shape[1], grid.group) - offset
+    gradient = residual @ hessian
+    scale = grid.scale.clone()
+    for index, start in enumerate(range(0, w.shape[1], grid.group)):
+        columns = slice(start, min(start + grid.group, w.shape[1]))
+        mine = steps[:, columns]
+        slope = (mine * gradient[:, columns]).sum(1)
+        bend = ((mine @ hessian[columns, columns]) * mine).sum(1)
+        wanted = torch.where(bend > 0, scale[:, index] + slope / bend, scale[:, index])
+        change = fmt.storable(wanted, grid, index) - scale[:, index]
+        better = change * (change * bend - 2 * slope) < 0
+        change = torch.where(better & torch.isfinite(change), change, 0.0)
+        scale[:, index] += change
+        gradient.addmm_(mine * change.unsqueeze(1), hessian[columns], alpha=-1)
+    return replace(grid, scale=scale)

@@ -1,0 +1,224 @@
+"""Solvers: laws that must hold for every format, exact references, recoveries, and steps that are taken back."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmquant import formats
+from llmquant.errors import PlanError
+from llmquant.recipe import Recipe, Rule
+from llmquant.solvers import SOLVERS, gptq, loops
+from llmquant.stats import Stats
+
+SPECS = [
+    *("int4:g32", "int3:g32", "int2:g48", "int3:g32:asym", "int3:g32:asym_float", "int4:channel", "int3:tensor"),
+    *("mxfp4", "mxfp6_e2m3", "mxint8", "nvfp4", "mx4", "vsq4:s4", "fp8_e4m3:channel", "nf4:g32", "nf4:g32:dq"),
+    *("kmeans3:channel", "kmeans3:g32", "ternary:g32", "binary:g32"),
+]
+
+
+def inputs(tokens: int, columns: int, seed: int, outliers: float = 6.0) -> tuple[Tensor, Tensor]:
+    """Correlated inputs with a few loud channels: of the quantized stream, and those of the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(1)) / columns**0.5
+    mix[:, :3] *= outliers
+    x = torch.randn(tokens, columns, generator=generator) @ mix
+    return x, x + 0.15 * torch.randn(tokens, columns, generator=generator) @ mix
+
+
+def calibrated(columns: int = 112, tokens: int = 2000, seed: int = 2) -> Stats:
+    stats = Stats.empty(columns)
+    stats.update(*inputs(tokens, columns, seed))
+    stats.hold(*inputs(400, columns, seed + 1))
+    return stats
+
+
+def weight(rows: int = 48, columns: int = 112, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def settled(spec: str) -> formats.Format:
+    return formats.get(spec).stored_for(torch.float32)
+
+
+# ---- every format
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gptq_beats_rounding_on_tokens_that_nobody_saw(spec: str) -> None:
+    fmt, w, stats = settled(spec), weight(), calibrated()
+    solution, plain = SOLVERS["gptq"](w, stats, fmt), SOLVERS["rtn"](w, stats, fmt)
+    x, x_ref = inputs(1000, 112, seed=77)
+
+    def missed(codes: Tensor, grid: formats.Grid) -> float:
+        return float((x @ fmt.decode(codes, grid).T - x_ref @ w.T).square().sum())
+
+    assert missed(solution.codes, solution.grid) < missed(plain.codes, plain.grid)
+    codes, grid = fmt.unpack(fmt.pack(solution.codes, solution.grid), (48, 112))
+    assert torch.equal(codes, solution.codes)
+    assert grid.equals(solution.grid)
+    error = fmt.decode(codes, grid) - w
+    assert solution.loss == pytest.approx(float(((error @ stats.hessian) * error).sum()) / stats.tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_kept_steps_never_lose_on_held_out_tokens(spec: str) -> None:
+    solution = SOLVERS["gptq"](weight(), calibrated(), settled(spec))
+    assert [step.name for step in solution.steps][:2] == ["rounding", "sweep"]
+    kept = [step.error for step in solution.steps if step.kept]
+    assert kept == sorted(kept, reverse=True)
+    assert all(step.error >= kept[-1] for step in solution.steps)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_with_inputs_that_have_nothing_in_common_the_sweep_is_plain_rounding(spec: str) -> None:
+    fmt, w = settled(spec), weight()
+    grid = fmt.fit(w)
+    lattice = fmt.lattice(grid)
+    places = gptq.sweep(w, torch.eye(112), lattice)
+    assert torch.equal(fmt.decode(lattice.codes[places.int()], grid), fmt.decode(fmt.encode(w, grid), grid))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
+    fmt, w = settled(spec), weight()
+    hessian = gptq.damped(calibrated().hessian, 0.01)
+    grid = fmt.fit(w)
+    lattice = fmt.lattice(grid)
+    places = gptq.sweep(w, hessian, lattice)
+
+    def loss() -> float:
+        error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
+        return float(((error @ hessian.double()) * error).sum())
+
+    losses = [loss()]
+    for _ in range(3):
+        grid = gptq.refit(w, places, grid, fmt, hessian)
+        losses.append(loss())
+        places, _ = loops.descend(w, places, fmt.lattice(grid), hessian)
+        losses.append(loss())
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
+    assert losses[-1] < losses[0]
+
+
+# ---- pieces, against references
+
+
+def test_inverse_factor() -> None:
+    hessian = gptq.damped(calibrated().hessian, 0.01).double()
+    factor = gptq.inverse_factor(hessian)
+    assert factor is not None
+    torch.testing.assert_close(factor.T @ factor, hessian.inverse(), rtol=1e-6, atol=1e-12)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_sweep_is_the_textbook_algorithm() -> None:
+    """In float64, by the inverse Hessian: round a column, make up for it, eliminate it (Optimal Brain Surgeon)."""
+    fmt, w = settled("int3:g28"), weight(6, 56)
+    hessian = gptq.damped(calibrated(56).hessian, 0.05)
+    grid = fmt.fit(w)
+    places = gptq.sweep(w, hessian, fmt.lattice(grid))
+    order = hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    rest, inverse = w.double().clone(), hessian.double().inverse()
+    wanted = torch.empty(6, 56)
+    for column in order:
+        here = grid.columns(column, column + 1)
+        value = rest[:, column : column + 1].float()
+        wanted[:, column] = fmt.decode(fmt.encode(value, here), here)[:, 0]
+        error = (rest[:, column] - wanted[:, column]) / inverse[column, column]
+        rest -= error[:, None] * inverse[column]
+        inverse -= inverse[:, column : column + 1] * inverse[column : column + 1] / inverse[column, column]
+    found = fmt.decode(fmt.lattice(grid).codes[places.int()], grid)
+    assert (found == wanted).float().mean() > 0.99  # a tie in one precision is none in the other
+
+
+def test_target_is_what_least_squares_gives() -> None:
+    """With held-out tokens that are those of the sums, the whole of the correction pays."""
+    w, generator = weight(5, 24), torch.Generator().manual_seed(5)
+    x = torch.randn(3000, 24, generator=generator)
+    x_ref = x + 0.3 * x.roll(1, dims=1) + 0.1 * torch.randn(3000, 24, generator=generator)
+    stats = Stats.empty(24)
+    stats.update(x, x_ref)
+    stats.hold(x, x_ref, most=3000)
+    best = torch.linalg.lstsq(x.double(), x_ref.double() @ w.T.double()).solution.T
+    assert (gptq.aimed(w, stats) - best).norm() < 0.02 * (best - w).norm()
+
+
+def test_target_pays_what_the_residual_stream_lacks() -> None:
+    w, x = weight(5, 24), torch.randn(3000, 24, generator=torch.Generator().manual_seed(5))
+    lacking = torch.randn(5, 24, generator=torch.Generator().manual_seed(6)) * 0.02
+    stats = Stats.empty(24)
+    stats.update(x, x, x @ lacking.T)
+    stats.hold(x, x, x @ lacking.T)
+    torch.testing.assert_close(gptq.aimed(w, stats), w + lacking, rtol=0.02, atol=0.001)
+
+
+def test_noise_is_not_aimed_at() -> None:
+    """Two streams that differ by chance alone: what fits the sums loses on other tokens, and is not used."""
+    generator = torch.Generator().manual_seed(7)
+    stats = Stats.empty(64)
+    for add in (stats.update, stats.hold):
+        x = torch.randn(80, 64, generator=generator)
+        add(x, x + torch.randn(80, 64, generator=generator))
+    w = weight(16, 64)
+    assert (gptq.aimed(w, stats) - w).norm() < 0.15 * w.norm()
+
+
+# ---- when things go wrong
+
+
+@pytest.mark.parametrize("kind", ["zero", "one token", "dead inputs", "huge", "tiny"])
+def test_no_hessian_breaks_it(kind: str) -> None:
+    stats = Stats.empty(112)
+    x, x_ref = inputs(500, 112, seed=8)
+    if kind == "zero":
+        x, x_ref = torch.zeros_like(x), torch.zeros_like(x)
+    elif kind == "one token":
+        x, x_ref = x[:1], x_ref[:1]
+    elif kind == "dead inputs":
+        x[:, ::2], x_ref[:, ::2] = 0, 0
+    elif kind == "huge":
+        x, x_ref = x * 1e12, x_ref * 1e12
+    else:
+        x, x_ref = x * 1e-15, x_ref * 1e-15
+    stats.update(x, x_ref)
+    fmt, w = settled("int4:g32"), weight()
+    solution = SOLVERS["gptq"](w, stats, fmt)
+    decoded = fmt.decode(solution.codes, solution.grid)
+    assert torch.isfinite(decoded).all()
+    assert (decoded - w).norm() < 0.5 * w.norm()
+
+
+def test_a_step_that_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that has gone wrong: what is kept is the rounding before it, and the record says so."""
+    fmt, w, stats = settled("int4:g32"), weight(), calibrated()
+    monkeypatch.setattr(gptq, "sweep", lambda aim, hessian, lattice: torch.zeros(aim.shape, dtype=torch.uint8))
+    solution = SOLVERS["gptq"](w, stats, fmt, rounds=0)
+    plain = SOLVERS["rtn"](w, stats, fmt)
+    assert [(step.name, step.kept) for step in solution.steps] == [("rounding", True), ("sweep", False)]
+    assert torch.equal(solution.codes, plain.codes)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    fmt, w, stats = settled("int3:g32"), weight(96, 112), calibrated()
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(SOLVERS["gptq"](w, stats, fmt))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0].codes, found[1].codes)
+
+
+def test_gptq_without_calibration_is_refused_in_the_plan() -> None:
+    recipe = Recipe((Rule("*", "int4:g32", "gptq"),))
+    with pytest.raises(PlanError, match="'gptq' needs calibration"):
+        recipe.check(["model.layers.0.q_proj"], calibrated=False)
+    assert Recipe.uniform("int4:g32").settled(True).rules[0].solver == "gptq"
+    assert Recipe.uniform("int4:g32").settled(False).rules[0].solver == "rtn"
