@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmquant.blocks import Call, StreamedModel
 from llmquant.errors import DataError
 from llmquant.matrices import Target
-from llmquant.stats import HELD, Stats
+from llmquant.stats import HELD, Stats, energy
 
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
 
@@ -107,6 +107,23 @@ class Streams:
                 handle.remove()
         return next(iter(found), None), next(iter(carried), None)
 
+    def block_error(self, block: int, swap: WeightSwap, curvature: Tensor | None) -> float:
+        """How far the block's outputs, as it is now, are from the reference on held-out tokens: the mean of e^T G e.
+
+        curvature (blocks, b, b): G along the diagonal, of the loss in the block's outputs; None: the identity.
+        """
+        total, tokens = 0.0, 0
+        for i, calls in enumerate(self.calls):
+            if not self.held[i]:
+                continue
+            with swap.original():
+                wanted = self.model.run_block(block, self.reference[i], calls[block])
+            error = (self.model.run_block(block, self.quantized[i], calls[block]) - wanted).flatten(0, -2).float()
+            error = error[torch.isfinite(error).all(-1)]
+            tokens += len(error)
+            total += _in_metric(error, curvature)
+        return total / max(1, tokens)
+
     def _judge(self, stats: Stats, stage: Stage) -> None:
         names = ", ".join(target.name for target in stage.targets)
         if stats.dropped > MAX_DROPPED * (stats.tokens + stats.dropped):
@@ -119,6 +136,15 @@ class Streams:
 
 class _SeenEnough(Exception):
     """Ends a block's forward pass once the wanted input was seen."""
+
+
+def _in_metric(error: Tensor, curvature: Tensor | None) -> float:
+    """The sum over rows e of error (tokens, size) of e^T G e."""
+    if curvature is None:
+        return energy(error)
+    count, width, _ = curvature.shape
+    parts = nn.functional.pad(error, (0, count * width - error.shape[1])).unflatten(1, (count, width)).transpose(0, 1)
+    return float(((parts @ curvature.to(error.device)) * parts).sum(dtype=torch.float64))
 
 
 BLOCK_INPUT = "block input"
@@ -193,7 +219,8 @@ def _find_carriers(
             total = stream + output
             if torch.equal(total, result):
                 stage.carrier = carrier
-            elif (later := next((module for module, tensor in inputs if torch.equal(tensor, total)), None)) is not None:
+            later = next((module for module, tensor in inputs if torch.equal(tensor, total)), None)
+            if later is not None:
                 stage.carrier = carrier
                 streams.append((later, total))
             if stage.carrier is not None:
@@ -208,7 +235,8 @@ class WeightSwap:
 
     def replace(self, name: str, parameter: nn.Parameter, quantized: Tensor) -> None:
         """Put `quantized` (of the parameter's shape and type) in place of the parameter's data."""
-        self.pairs[name] = (parameter, parameter.data, quantized)
+        original = self.pairs[name][1] if name in self.pairs else parameter.data
+        self.pairs[name] = (parameter, original, quantized)
         parameter.data = quantized
 
     @contextmanager

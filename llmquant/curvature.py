@@ -66,7 +66,7 @@ def curvature(
     memory: int = 2**32,
     progress: Callable[[int, int], None] = _silent,
 ) -> dict[str, Curvature]:
-    """G of every target of every block, by the target's name, in the model's order.
+    """G of the output of every target and of every block, by name, in the model's order.
 
     A target that no gradient reaches, as an expert that is never chosen, has no entry.
 
@@ -87,7 +87,9 @@ def curvature(
     found: dict[str, Curvature] = {}
     for index in reversed(range(depth)):
         targets = model.targets(index).values()
-        sums = {target.name: _Sum(target.shape[0], block, full_limit, model.device) for target in targets}
+        sizes = {target.name: target.shape[0] for target in targets}
+        sizes[model.block_names[index]] = states[index + 1][0].shape[-1]
+        sums = {name: _Sum(size, block, full_limit, model.device) for name, size in sizes.items()}
         with _loaded(model, index):
             _backward(model, index, states[index], states[index + 1], calls[index], sums)
         found = {**{name: total.mean() for name, total in sums.items() if total.tokens}, **found}
@@ -220,11 +222,13 @@ def _backward(
 ) -> None:
     """Replace the hidden states `before` a block by their gradients, given those of what leaves it in `after`.
 
-    On the way the gradients of the outputs of linears are added to `sums`, {name: sum}.
+    On the way the gradients of the outputs of linears, and of the block, are added to `sums`, {name: sum}.
     """
-    handles = [model.model.get_submodule(name).register_forward_hook(partial(_watch, sums[name])) for name in sums]
+    parts = {name: model.model.get_submodule(name) for name in sums if name != model.block_names[index]}
+    handles = [part.register_forward_hook(partial(_watch, sums[name])) for name, part in parts.items()]
     try:
         for entering, leaving, call in zip(before, after, calls, strict=True):
+            sums[model.block_names[index]].add(leaving)
             with torch.enable_grad():
                 leaf = entering.to(model.device).detach().requires_grad_()
                 output = model.run_block(index, leaf, call)

@@ -26,7 +26,8 @@ from llmquant.checkpoint import INDEX, MANIFEST, sha256
 from llmquant.errors import OutputError, VerificationError
 
 JOURNAL = "journal.jsonl"
-CALIBRATION = "calibration.safetensors"  # the tokens of a run under way, so that a resumed one sees the same
+# Of a run under way, so that a resumed one sees the same: the tokens, and how the loss curves.
+CALIBRATION, CURVATURE = KEPT = ("calibration.safetensors", "curvature.safetensors")
 
 
 class OutputFolder:
@@ -82,7 +83,7 @@ class OutputFolder:
             self.records[record["part"]] = record
         known = {JOURNAL, *(record["shard"] for record in self.records.values())}
         if begun == self.settings:
-            known.add(CALIBRATION)
+            known.update(KEPT)
         with _writing(self.partial):
             for path in self.partial.iterdir():
                 if path.name not in known:
@@ -138,17 +139,17 @@ class OutputFolder:
             self._note(record)
         self.records[part] = record
 
-    def calibration_tokens(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns; in a run that is taken up again, what it returned the first time."""
-        kept = self.partial / CALIBRATION
+    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` returns; in a run that is taken up again, what it returned the first time. name: of KEPT."""
+        kept = self.partial / name
         if kept.is_file():
-            return load_file(kept)["tokens"]
-        tokens, temporary = make(), kept.with_suffix(".tmp")
+            return load_file(kept)
+        tensors, temporary = make(), kept.with_suffix(".tmp")
         with _writing(self.partial):
-            save_file({"tokens": tokens}, temporary)
+            save_file(tensors, temporary)
             _sync(temporary)
             temporary.rename(kept)
-        return tokens
+        return tensors
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         temporary = self.partial / (name + ".tmp")
@@ -168,7 +169,8 @@ class OutputFolder:
             for path in companions:
                 shutil.copyfile(path, self.partial / path.name)
                 _sync(self.partial / path.name)
-        (self.partial / CALIBRATION).unlink(missing_ok=True)
+        for name in KEPT:
+            (self.partial / name).unlink(missing_ok=True)
         hashes = {record["shard"]: {"bytes": record["bytes"], "sha256": record["sha256"]} for record in records}
         for path in sorted(self.partial.iterdir()):
             if path.name not in hashes and path.name not in (JOURNAL, MANIFEST):

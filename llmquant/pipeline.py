@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from llmquant import text
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages
 from llmquant.checkpoint import Checkpoint, locate
+from llmquant.curvature import curvature
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
 from llmquant.formats.base import all_finite
-from llmquant.output import OutputFolder, check_usable
+from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
 from llmquant.solvers import CALIBRATED, SOLVERS, Solution
@@ -118,6 +120,7 @@ def quantize(
     shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
     with OutputFolder(output, job.settings(prepared.checkpoint), overwrite=overwrite) as folder:
         streams = _start_streams(prepared, folder, progress)
+        curves = _curvature(prepared, folder, progress)
         for block in range(blocks):
             done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
             step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
@@ -129,7 +132,7 @@ def quantize(
                 _restore(prepared, folder, block, swap)
             else:
                 name = shard(block + 1, blocks + 1)
-                _save_block(prepared, folder, block, name, _solve_block(prepared, block, streams, swap, step))
+                _save_block(prepared, folder, block, name, _solve_block(prepared, block, streams, curves, swap, step))
             if streams is not None and block + 1 < blocks:
                 streams.advance(block, swap)
             model.unload_block(block)
@@ -152,8 +155,37 @@ def _start_streams(prepared: Prepared, folder: OutputFolder, progress: Progress)
     calibration = prepared.job.calibration
     if calibration is None:
         return None
-    windows = folder.calibration_tokens(lambda: _windows(prepared, calibration, progress))
+    windows = folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
     return Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
+
+
+def _curvature(prepared: Prepared, folder: OutputFolder, progress: Progress) -> dict[str, Tensor]:
+    """G of the outputs of linears and blocks, by name, from a quarter of the windows, none of them held out.
+
+    Nothing for a model whose blocks hand on more than hidden states: the steps that need it are then left out.
+    """
+    calibration = prepared.job.calibration
+    if calibration is None:
+        return {}
+
+    def make() -> dict[str, Tensor]:
+        windows = load_file(folder.partial / CALIBRATION)["tokens"]
+        some = windows[: -(-len(windows) // 4)]
+        try:
+            found = curvature(
+                prepared.model,
+                some,
+                batch=calibration.batch,
+                seed=prepared.job.seed,
+                spill=folder.partial,
+                progress=partial(progress, "curvature"),
+            )
+        except PlanError as error:
+            logging.getLogger(__name__).warning("%s: rounding goes on without the curvature of the loss", error)
+            return {}
+        return {name: part.blocks for name, part in found.items()}
+
+    return folder.kept(CURVATURE, make)
 
 
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
@@ -201,10 +233,16 @@ class Result:
     row: Row
     solution: Solution
     report: dict[str, Any]
+    rival: Result | None = None
 
 
 def _solve_block(
-    prepared: Prepared, block: int, streams: Streams | None, swap: WeightSwap, step: Callable[[int], None]
+    prepared: Prepared,
+    block: int,
+    streams: Streams | None,
+    curves: dict[str, Tensor],
+    swap: WeightSwap,
+    step: Callable[[int], None],
 ) -> list[Result]:
     """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
     rows = {row.target.name: row for row in prepared.plan.of_block(block)}
@@ -220,12 +258,46 @@ def _solve_block(
         if streams is not None and stage.targets[0].name in reached:
             stats = streams.collect(block, stage, swap)
         for row in wanted:
-            result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), stats)
+            own = stats and replace(stats, curvature=curves.get(row.target.name))
+            result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), own)
             results[row.target.name] = result
             if streams is not None:
                 _put(prepared, swap, row, result.solution)
             step(sum(result.row.weights for result in results.values()))
+        if streams is not None:
+            solved = [results[row.target.name] for row in wanted]
+            for result in _judged(prepared, block, streams, curves, swap, solved):
+                results[result.row.target.name] = result
     return [results[name] for name in rows]
+
+
+def _judged(
+    prepared: Prepared,
+    block: int,
+    streams: Streams,
+    curves: dict[str, Tensor],
+    swap: WeightSwap,
+    results: list[Result],
+) -> Iterator[Result]:
+    """Each result whose rival brings the block's outputs nearer to the reference on held-out tokens, with the rival."""
+    if not any(streams.held) or not any(result.rival for result in results):
+        return
+    metric = curves.get(prepared.model.block_names[block])
+    least = streams.block_error(block, swap, metric)
+    for result in results:
+        rival = result.rival
+        if rival is None:
+            continue
+        _put(prepared, swap, result.row, rival.solution)
+        error = streams.block_error(block, swap, metric)
+        noted = {"name": "two-sided", "error": error, "before": least, "kept": error < least}
+        steps = [*result.report["steps"], noted]
+        if error < least:
+            least = error
+            yield Result(result.row, rival.solution, {**rival.report, "steps": steps})
+        else:
+            _put(prepared, swap, result.row, result.solution)
+            yield Result(result.row, result.solution, {**result.report, "steps": steps})
 
 
 def _solve_outside(prepared: Prepared) -> list[Result]:
@@ -249,7 +321,10 @@ def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
         solution = SOLVERS[name](w, stats, row.format, **options)
     except LlmquantError as error:
         raise type(error)(f"{row.key}: {error}") from None
-    return Result(row, solution, {**_report(row, w, solution, stats), "solver": name})
+    rival = None
+    if solution.rival is not None:
+        rival = Result(row, solution.rival, {**_report(row, w, solution.rival, stats), "solver": name})
+    return Result(row, solution, {**_report(row, w, solution, stats), "solver": name}, rival)
 
 
 def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Stats:
     hessian: Tensor
     cross: Tensor
     debt: Tensor | None = None
+    curvature: Tensor | None = None  # (blocks, b, b): of the loss in the outputs, along the diagonal; of one linear
     tokens: int = 0
     dropped: int = 0
     pieces: list[tuple[Tensor, ...]] = field(default_factory=list)  # of held-out tokens
@@ -94,6 +95,7 @@ class Stats:
             self.hessian + other.hessian,
             self.cross + other.cross,
             sum(debts[1:], debts[0]) if debts else None,
+            None,
             self.tokens + other.tokens,
             self.dropped + other.dropped,
             self.pieces + other.pieces,

@@ -23,6 +23,7 @@ from llmquant.calibration import Streams, WeightSwap
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import OutputError, PlanError
 from llmquant.recipe import Recipe, Rule
+from llmquant.solvers import gptq
 from llmquant.stats import Stats
 
 SMALL = pipeline.Calibration("self", samples=4, length=32, batch=2)
@@ -332,9 +333,33 @@ def test_what_is_not_quantized_is_copied_bit_by_bit(pycode: Path, tmp_path: Path
 def test_calibrated_importance_lowers_the_output_error(pycode: Path, held_out: Path, tmp_path: Path) -> None:
     """The same grid search, with and without weighing by what the inputs are."""
     shown = pipeline.Calibration(str(held_out), samples=8, length=128, batch=4)
-    weighed = quantize(pycode, tmp_path / "weighed", "int3:g64", calibration=shown)
-    rules = Recipe((Rule("*", "int3:g64", options={"clip": "minmax"}),))
+    weighed = quantize(pycode, tmp_path / "weighed", Recipe((Rule("*", "int3:g64", "rtn"),)), calibration=shown)
+    rules = Recipe((Rule("*", "int3:g64", "rtn", {"clip": "minmax"}),))
     plain = quantize(pycode, tmp_path / "plain", rules, calibration=shown)
     mean = [sum(t["output_error"] for t in manifest["tensors"]) / 42 for manifest in (weighed, plain)]
     assert mean[0] < 0.9 * mean[1]
-    assert all(tensor["tokens"] == 8 * 128 for tensor in weighed["tensors"])
+    assert all(tensor["tokens"] == 7 * 128 for tensor in weighed["tensors"])
+
+
+def test_a_step_that_improves_its_own_figures_and_harms_the_block_is_taken_back(
+    pycode: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding by the curvature of the loss, with rows that the loss hardly feels spent freely, as no damping holds."""
+    shown = pipeline.Calibration(str(held_out), samples=8, length=128, batch=4)
+
+    def steps(folder: str) -> list[dict]:
+        manifest = quantize(pycode, tmp_path / folder, "int3:g64", calibration=shown)
+        return [step for tensor in manifest["tensors"] for step in tensor["steps"] if step["name"] == "two-sided"]
+
+    sound = steps("sound")
+    assert len(sound) == 42
+    assert sum(step["kept"] for step in sound) > 20
+    assert all(step["kept"] == (step["error"] < step["before"]) for step in sound)
+    monkeypatch.setattr(gptq, "two_sided", lambda w, places, grid, fmt, hessian, curvature: fmt.encode(-w, grid))
+    spoilt = steps("spoilt")
+    assert not any(step["kept"] for step in spoilt)
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline, "curvature", lambda *args, **kwargs: {})
+    assert steps("without") == []
+    shards = [load_file(next((tmp_path / folder).glob("model-00001*"))) for folder in ("spoilt", "without")]
+    assert all(torch.equal(shards[0][name], shards[1][name]) for name in shards[1])

@@ -27,6 +27,8 @@ class Solution:
     grid: Grid
     loss: float  # tr((W - Q) H (W - Q)^T) / tokens where calibrated, else |W - Q|^2
     steps: tuple[Step, ...] = ()
+    # One that gives up some of the output error for what the loss feels less of: only the whole block can judge it.
+    rival: Solution | None = None
 
 
 # solve(w, stats, fmt, **options): w (out, in) float32; stats of the inputs it saw, or None without calibration.
