@@ -28,7 +28,7 @@ from llmquant.formats.base import Lattice
 ROWS_TOGETHER = 64
 # Terms of a product that are added up in one go. How MKL cuts up longer sums depends on how many threads there are;
 # up to 512 it does not cut, so that their number does not change a bit.
-TERMS = 2048
+TERMS = 256
 TINY = 2.0**-100  # in place of a curvature of zero, along which nothing is to be gained
 
 
