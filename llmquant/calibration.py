@@ -31,6 +31,7 @@ class Streams:
     quantized: list[Tensor]
     calls: list[list[Call]]  # per batch, per block
     held: list[bool]  # per batch: whether its tokens stay out of all sums, to judge solutions on
+    _wanted: tuple[int, list[Tensor]] = (-1, [])  # a block, and what it puts out in the reference for held-out tokens
 
     @classmethod
     def start(cls, model: StreamedModel, windows: Tensor, batch: int, progress: Callable[[int, int], None]) -> Streams:
@@ -113,12 +114,14 @@ class Streams:
         curvature (blocks, b, b): G along the diagonal, of the loss in the block's outputs; None: the identity.
         """
         total, tokens = 0.0, 0
-        for i, calls in enumerate(self.calls):
-            if not self.held[i]:
-                continue
+        held = [i for i in range(len(self.calls)) if self.held[i]]
+        if self._wanted[0] != block:
             with swap.original():
-                wanted = self.model.run_block(block, self.reference[i], calls[block])
-            error = (self.model.run_block(block, self.quantized[i], calls[block]) - wanted).flatten(0, -2).float()
+                outputs = [self.model.run_block(block, self.reference[i], self.calls[i][block]) for i in held]
+            self._wanted = block, outputs
+        for i, wanted in zip(held, self._wanted[1], strict=True):
+            found = self.model.run_block(block, self.quantized[i], self.calls[i][block])
+            error = (found - wanted).flatten(0, -2).float()
             error = error[torch.isfinite(error).all(-1)]
             tokens += len(error)
             total += _in_metric(error, curvature)
