@@ -92,7 +92,7 @@ def quantize(
         list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")
     ] = None,
     quality: Annotated[
-        str, typer.Option(help="balanced: searches with calibration; fast: reads weights only.")
+        str, typer.Option(help="balanced: calibrated, every step judged on held-out tokens; fast: reads weights only.")
     ] = "balanced",
     clip: Annotated[str, typer.Option(help="Range rule: search, minmax, percentile, mse or kl.")] = "search",
     calibration: Annotated[
@@ -212,6 +212,8 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     for tensor in worst:
         table.add_row(tensor["name"], tensor["format"], f"{tensor.get(measure, 0.0):.4f}")
     out.print(table)
+    if decisions := _decisions(manifest):
+        out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
     for kept in manifest["kept_dense"]:
         out.print(f"kept dense: {kept['name']}: {kept['reason']}", highlight=False, markup=False, soft_wrap=True)
     before, after = summary["bytes_before"], summary["bytes_after"]
@@ -223,6 +225,15 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     )
     if "evaluation" in summary:
         _print_divergence(summary["evaluation"])
+
+
+def _decisions(manifest: dict[str, Any]) -> str:
+    """How many matrices kept each step of their solver, of those that took it."""
+    taken: dict[str, list[bool]] = {}
+    for tensor in manifest["tensors"]:
+        for step in tensor.get("steps", []):
+            taken.setdefault(step["name"], []).append(step["kept"])
+    return ", ".join(f"{name} {sum(kept)} of {len(kept)}" for name, kept in taken.items())
 
 
 def _size(count: float) -> str:
