@@ -92,13 +92,16 @@ def quantize(
         list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")
     ] = None,
     quality: Annotated[
-        str, typer.Option(help="balanced: calibrated, every step judged on held-out tokens; fast: reads weights only.")
+        str, typer.Option(help="balanced; or fast: weights alone, or the cheap steps where --calibration is given.")
     ] = "balanced",
     clip: Annotated[str, typer.Option(help="Range rule: search, minmax, percentile, mse or kl.")] = "search",
     calibration: Annotated[
-        str, typer.Option(help="self (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id.")
-    ] = "self",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+        str | None,
+        typer.Option(
+            help="self (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id [self]."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
     batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
     seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
@@ -131,7 +134,11 @@ def quantize(
     granularity = f"g{group}" if group.isdecimal() else group
     spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
     rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip)
-    shown = pipeline.Calibration(calibration, samples, length, batch) if QUALITIES[quality] else None
+    balanced = QUALITIES[quality]
+    shown = None
+    if balanced or calibration is not None:
+        windows = samples or (128 if balanced else 16)
+        shown = pipeline.Calibration(calibration or "self", windows, length, batch, curvature=balanced)
     folder = output or Path(f"{Path(model).name}-{recipe.stem if recipe else spec.replace(':', '-')}")
     job = pipeline.Job(
         model, rules, shown, seed, device or _default_device(), _dtype(dtype), trust_remote_code=trust_remote_code

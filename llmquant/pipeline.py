@@ -45,13 +45,15 @@ class Calibration:
     """What is shown to the model: `samples` windows of `length` tokens.
 
     source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id.
-    length None: 512, or the model's limit where that is lower.
+    length None: 512, or the model's limit where that is lower. curvature: whether a backward pass over a quarter of
+    the windows finds out how the loss curves, for the last step of rounding.
     """
 
     source: str = "self"
     samples: int = 128
     length: int | None = None
     batch: int = 8
+    curvature: bool = True
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _curvature(prepared: Prepared, folder: OutputFolder, progress: Progress) -> 
     Nothing for a model whose blocks hand on more than hidden states: the steps that need it are then left out.
     """
     calibration = prepared.job.calibration
-    if calibration is None:
+    if calibration is None or not calibration.curvature:
         return {}
 
     def make() -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ RIDGES = (0.001, 0.01, 0.1, 1.0)  # l, as a fraction of every input's own mean s
 OUTPUT_DAMP = 0.3
 OUTPUT_SWEEPS = 4
 ROW_LIMIT = 2.0  # times the loss that a row had before, beyond which it stays as it was
+TRIED = 256  # rows on which l is chosen: all share it, and the tokens are many
 DAMPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -148,19 +149,27 @@ def aimed(w: Tensor, stats: Stats) -> Tensor:
     wanted = w @ stats.cross  # (out, in)
     if stats.debt is not None:
         wanted += stats.debt
+    some = torch.linspace(0, len(w) - 1, min(TRIED, len(w))).long().to(w.device)
     best, chosen = 0.0, None
     for ridge in RIDGES:
         factor, failed = torch.linalg.cholesky_ex(damped(stats.hessian, ridge))
         if failed:
             continue
-        change = torch.cholesky_solve(wanted.T, factor).T
-        effect = held.x @ change.T
-        overlap, size = float((effect * missed).sum(dtype=torch.float64)), energy(effect)
-        step = min(1.0, max(0.0, overlap / max(size, 1e-30)))
-        gain = 2 * step * overlap - step * step * size
+        change = torch.cholesky_solve(wanted[some].T, factor).T
+        gain, _ = _step(held.x @ change.T, missed[:, some])
         if gain > best:
-            best, chosen = gain, change * step
-    return w if chosen is None else w + chosen
+            best, chosen = gain, factor
+    if chosen is None:
+        return w
+    change = torch.cholesky_solve(wanted.T, chosen).T
+    return w + _step(held.x @ change.T, missed)[1] * change
+
+
+def _step(effect: Tensor, missed: Tensor) -> tuple[float, float]:
+    """How much less is missed after the best step in [0, 1] along what has this effect, and that step."""
+    overlap, size = float((effect * missed).sum(dtype=torch.float64)), energy(effect)
+    step = min(1.0, max(0.0, overlap / max(size, 1e-30)))
+    return 2 * step * overlap - step * step * size, step
 
 
 def inverse_factor(hessian: Tensor) -> Tensor | None:
