@@ -19,6 +19,7 @@ from llmquant.errors import DataError
 from llmquant.matrices import Target
 from llmquant.stats import HELD, Stats, energy
 
+FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
 
 
@@ -37,11 +38,11 @@ class Streams:
     def start(cls, model: StreamedModel, windows: Tensor, batch: int, progress: Callable[[int, int], None]) -> Streams:
         """Embed windows (n, length) int64. Loads the parts outside the blocks, and lets go of them again.
 
-        The last eighth of the windows is held out.
+        The last eighth of the windows is held out, and one of a few.
         """
         streams = cls(model, [], [], [], [])
         model.load_outside()
-        summed = len(windows) - len(windows) // 8
+        summed = len(windows) - max(len(windows) // 8, len(windows) >= FEW)
         batches = [*windows[:summed].split(batch), *(windows[summed:].split(batch) if summed < len(windows) else ())]
         streams.held = [index >= -(-summed // batch) for index in range(len(batches))]
         for tokens in batches:
