@@ -213,7 +213,8 @@ def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, 
     width = max(row.target.shape[1] for row in rows)
     decoded = max(sum(row.weights for row in block) for block in of_blocks) * model.dtype.itemsize
     streams = 3 * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    return base + max(outside, 12 * largest + packed + decoded + 3 * 4 * width**2) + streams
+    solving = 8 * 4 * largest + 7 * 4 * width**2  # the weight, its target, errors and gradients; the Hessian's factors
+    return base + max(outside, solving + packed + decoded) + streams
 
 
 def _operations(rows: int, columns: int) -> float:
