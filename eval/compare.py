@@ -284,7 +284,7 @@ def identity(result: Result) -> tuple[Any, ...]:
 
 
 def table(results: list[Result]) -> str:
-    """One line a model, format and method, the best first: means over the seeds, times of the median run."""
+    """One line a model, format and method, the best first: all figures are means over the seeds."""
     groups: dict[tuple[Any, ...], dict[str, list[Result]]] = {}
     for result in results:
         place = (result["model"], result["only_divisible"], result["format"])
