@@ -202,7 +202,7 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path)
         curvature(streamed(tmp_path / "keys"), WINDOWS)
     several = Gemma3nTextConfig(**SMALL, vocab_size_per_layer_input=VOCABULARY, num_kv_shared_layers=0)
     AutoModelForCausalLM.from_config(several).save_pretrained(tmp_path / "several")
-    with pytest.raises(PlanError, match=r"layers\.0: its hidden states, \(4, 5, 12, 64\)"):
+    with pytest.raises(PlanError, match=r"layers\.0: its hidden states, \(4, \d, 12, 64\)"):
         curvature(streamed(tmp_path / "several"), WINDOWS)
 
 
