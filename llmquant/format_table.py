@@ -64,14 +64,12 @@ def measure() -> Iterator[Row]:
     student_t5 = torch.randn(SHAPE, generator=generator) / (chi_squared / 5).sqrt()
     for spec in SPECS:
         fmt = formats.get(spec).stored_for(torch.bfloat16)
-        layout = fmt.layout(SHAPE)
-        named = {name: torch.empty(what.shape, dtype=what.dtype, device="meta") for name, what in layout.items()}
         yield Row(
             format=spec,
             bits_per_weight=tuple(fmt.bits_per_weight(shape) for shape in SHAPES),
             normal=_signal_to_noise(fmt, normal),
             student_t5=_signal_to_noise(fmt, student_t5),
-            kernel=llmquant_kernels.choose(fmt.packed_weight(named, SHAPE).facts(), torch.bfloat16)[0],
+            kernel=llmquant_kernels.choose(fmt.facts(SHAPE), torch.bfloat16)[0],
             compressed_tensors=fmt.compressed_tensors,
             readers=READERS.get(fmt.compressed_tensors or "", ""),
         )

@@ -191,13 +191,12 @@ def _row(
         raise PlanError(f"{key}: holds {dtype}, not float16, bfloat16 or float32: give the unquantized checkpoint")
     fmt = formats.get(rule.format).stored_for(dtype)
     try:
-        layout = fmt.layout(target.shape)
+        fmt.layout(target.shape)
     except PlanError as error:
         raise PlanError(f"{target.name} {target.shape}: {error}, or keep it dense with --skip") from None
     known = (fmt, target.shape)
     if known not in kernels:
-        named = {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in layout.items()}
-        kernels[known] = llmquant_kernels.choose(fmt.packed_weight(named, target.shape).facts(), model.dtype)[0]
+        kernels[known] = llmquant_kernels.choose(fmt.facts(target.shape), model.dtype)[0]
     return Row(block, target, key, fmt, rule, kernels[known])
 
 

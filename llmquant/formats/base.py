@@ -17,12 +17,20 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import NonFiniteInput
-from llmquant_kernels import PackedWeight
+from llmquant_kernels import Facts, PackedWeight
 
 # Elements that are worked on at a time on a CPU: a megabyte of float32, which stays in cache through the many passes of
 # a range search. On two cores with 2 MB of cache each, a search of a 2048x5632 weight takes 0.65, 0.44, 0.54 and 0.59 s
 # with 2**17, 2**18, 2**19 and 2**20; threads of our own over smaller pieces gain nothing, for want of the interpreter.
 PIECE = 2**18
+
+
+def few_rows(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """All rows of a matrix (rows, columns), on a CPU a few at a time, which stay in cache from step to step."""
+    step = max(1, PIECE // max(1, columns)) if device.type == "cpu" else rows
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 # visit calls it with rows, columns, columns a group, scale and zero.
 Visitor = Callable[[slice, slice, int, Tensor, Tensor | None], None]
 Granularity = int | str  # columns that share a scale, or "channel" (one scale per row), or "tensor" (one for all)
@@ -89,9 +97,7 @@ class Grid:
         `matrix[rows, columns].unflatten(1, (-1, width))` is (rows, groups, width), and scale and zero are views that
         broadcast against it. On a CPU a few rows at a time, on other devices all.
         """
-        step = max(1, PIECE // shape[1]) if self.scale.device.type == "cpu" else shape[0]
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
+        for rows in few_rows(*shape, self.scale.device):
             own = slice(0, 1) if self.scale.shape[0] == 1 else rows
             for columns, groups, width in self.runs(shape[1]):
                 zero = None if self.zero is None else self.zero[own, groups, None]
@@ -175,6 +181,13 @@ class Format(ABC):
     @abstractmethod
     def weights_in(self, shapes: dict[str, tuple[int, ...]]) -> int:
         """How many weights are stored in tensors of these shapes, by suffix, if `weight_shape` is not among them."""
+
+    def facts(self, shape: tuple[int, int]) -> Facts:
+        """All that the choice of a kernel for a weight of this shape depends on."""
+        named = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in self.layout(shape).items()
+        }
+        return self.packed_weight(named, shape).facts()
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Every stored bit of a weight of this shape, divided by its elements."""

@@ -25,6 +25,7 @@ class Element(ABC):
     bits: int
     code_dtype: torch.dtype
     largest: float  # the largest magnitude of a level
+    cast: torch.dtype | None = None  # torch's own type of the same bits
 
     @abstractmethod
     def round(self, x: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class Float(Element):
     mantissa: int
     bias: int
     largest: float
-    cast: torch.dtype | None = None  # torch's own type of the same bits
+    cast: torch.dtype | None = None
     code_dtype = torch.uint8
 
     @property

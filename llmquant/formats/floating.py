@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmquant.formats import options
-from llmquant.formats.base import Granularity, Grid, TensorSpec
+from llmquant.formats.base import Granularity, Grid
 from llmquant.formats.elements import E4M3, E5M2, Float
 from llmquant.formats.scalar import Scalar
 
@@ -77,24 +77,6 @@ class FP8(Scalar):
         if self.granularity == "block":
             return -(-shape[0] // SIDE), -(-shape[1] // SIDE)
         return super()._scale_shape(shape)
-
-    def _codes_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        assert self.element.cast is not None
-        return {"weight": TensorSpec(shape, self.element.cast)}
-
-    def _padded(self, codes: Tensor, grid: Grid) -> Tensor:
-        return codes
-
-    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
-        assert self.element.cast is not None
-        return {"weight": codes.view(self.element.cast)}
-
-    def _unpack_codes(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return self._packed(named)
-
-    @staticmethod
-    def _packed(named: dict[str, Tensor]) -> Tensor:
-        return named["weight"].view(torch.uint8)
 
     def _pack_grid(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
         if self.granularity == "block":

@@ -68,9 +68,9 @@ class KMeans(Scalar):
         scale = Levels("table", (-1.0, 1.0), self.granularity, self._stored_scale)
         grid = scale.fit(w, clip="minmax")
         table = torch.zeros(1, 2**self.bits)
+        groups = torch.arange(w.shape[1], device=w.device) // grid.group
         for _ in range(ROUNDS):
-            width = torch.arange(w.shape[1], device=w.device) // self._group(w.shape[1])
-            spread = grid.scale[:, width]
+            spread = grid.scale[:, groups]
             h = spread.square() if importance is None else spread.square() * importance
             table = self._stored_levels(
                 clustering.levels_of_histogram((w / spread).view(1, -1), h.view(1, -1), 2**self.bits)
@@ -79,14 +79,10 @@ class KMeans(Scalar):
         return replace(grid, levels=table)
 
     def _stored_levels(self, levels: Tensor) -> Tensor:
-        self._checked(Grid(levels.to(self._stored_scale).float(), None, 1))
-        return levels.to(self._stored_scale).float()
+        return self._checked(Grid(levels.to(self._stored_scale).float(), None, 1)).scale
 
     def _with_table(self, levels: Tensor) -> Levels:
         return Levels("table", tuple(levels.flatten().tolist()), self.granularity, self._stored_scale)
-
-    def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("levels are learned, not scaled: see fit")
 
     # ---- encode and decode
 

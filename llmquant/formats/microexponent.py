@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmquant.formats import options, packing
-from llmquant.formats.base import PIECE, Grid, TensorSpec
+from llmquant.formats.base import Grid, TensorSpec, few_rows
 from llmquant.formats.elements import Element, Whole
 from llmquant.formats.scalar import Scalar
 
@@ -36,6 +36,7 @@ class MicroExponent(Scalar):
 
     name: str
     granularity = PAIR
+    fixed_group = True
     scale_dtype = torch.uint8
 
     @property
@@ -63,11 +64,10 @@ class MicroExponent(Scalar):
         rows, columns = w.shape
         weights = None if importance is None else _in_blocks(importance.view(1, -1))
         scale = torch.empty(rows, -(-columns // PAIR), device=w.device)
-        step = max(1, PIECE // columns) if w.device.type == "cpu" else rows
-        for start in range(0, rows, step):
-            x = _in_blocks(w[start : start + step])  # zeros in a short block change nothing
+        for some in few_rows(rows, columns, w.device):
+            x = _in_blocks(w[some])  # zeros in a short block change nothing
             found = self._plain(x) if clip == "minmax" else self._best(x, weights)
-            scale[start : start + step] = found.flatten(1)[:, : scale.shape[1]]
+            scale[some] = found.flatten(1)[:, : scale.shape[1]]
         return Grid(scale, None, PAIR)
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -103,9 +103,6 @@ class MicroExponent(Scalar):
         """As it is: a pair's scale is bound to those of its block."""
         return grid.scale[:, group]
 
-    def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("a pair's scale depends on its block's: see fit")
-
     # ---- the file
 
     def _stored_columns(self, columns: int) -> int:
@@ -113,9 +110,6 @@ class MicroExponent(Scalar):
 
     def _padded(self, codes: Tensor, grid: Grid) -> Tensor:
         return functional.pad(codes, (0, self._stored_columns(codes.shape[1]) - codes.shape[1]))
-
-    def _check_group(self, columns: int) -> None:
-        """A row may be shorter than a block."""
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         blocks = (shape[0], self._stored_columns(shape[1]) // BLOCK)

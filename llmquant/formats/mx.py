@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.formats import clipping, options
-from llmquant.formats.base import Grid, TensorSpec
+from llmquant.formats import options
+from llmquant.formats.base import Grid
 from llmquant.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, Element, Float, Whole
 from llmquant.formats.scalar import Scalar
 
@@ -51,6 +51,7 @@ class MX(Scalar):
     name: str
     mode: str = "mse"
     granularity = BLOCK
+    fixed_group = True
     scale_dtype = torch.uint8
 
     @property
@@ -72,13 +73,8 @@ class MX(Scalar):
         scale = self._power(exponent, largest)
         if mode != "mse":
             return scale, None
-        loss = clipping.weighted_loss(self._error(x, scale, None), importance)
-        for other in (exponent + 1, exponent - 1):
-            new = self._power(other, largest)
-            new_loss = clipping.weighted_loss(self._error(x, new, None), importance)
-            better = new_loss < loss
-            scale, loss = torch.where(better, new, scale), torch.where(better, new_loss, loss)
-        return scale, None
+        others = (self._power(other, largest) for other in (exponent + 1, exponent - 1))
+        return self._least(x, importance, (scale, *others)), None
 
     def _exponent(self, largest: Tensor, mode: str) -> Tensor:
         """int32; by frexp, because log2 of the float below a power of two rounds up to it."""
@@ -103,27 +99,6 @@ class MX(Scalar):
 
     # ---- the file
 
-    def _codes_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        cast = _cast(self.element)
-        return super()._codes_layout(shape) if cast is None else {"weight": TensorSpec(shape, cast)}
-
-    def _check_group(self, columns: int) -> None:
-        """A row may be shorter than a block."""
-
-    def _pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
-        cast = _cast(self.element)
-        return super()._pack_codes(codes) if cast is None else {"weight": codes.view(cast)}
-
-    def _unpack_codes(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return super()._unpack_codes(named, shape) if _cast(self.element) is None else self._packed(named)
-
-    def _padded(self, codes: Tensor, grid: Grid) -> Tensor:
-        return super()._padded(codes, grid) if _cast(self.element) is None else codes
-
-    @staticmethod
-    def _packed(named: dict[str, Tensor]) -> Tensor:
-        return named["weight"].view(torch.uint8) if "weight" in named else named["weight_packed"]
-
     def _pack_grid(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
         return {"weight_scale": encode_exponent(grid.scale)}
 
@@ -139,11 +114,6 @@ class MX(Scalar):
                 "outer": torch.full((1, 1), self.element.unit, device=fields["scale"].device),
             }
         return fields
-
-
-def _cast(element: Element) -> torch.dtype | None:
-    """torch's own type for the element, in which the file has one value an element."""
-    return element.cast if isinstance(element, Float) else None
 
 
 def encode_exponent(scale: Tensor) -> Tensor:

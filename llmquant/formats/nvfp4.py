@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.formats import clipping, options
+from llmquant.formats import options
 from llmquant.formats.base import Grid, TensorSpec
 from llmquant.formats.elements import E2M1, E4M3, Element
 from llmquant.formats.scalar import SMALLEST_SCALE, Scalar
@@ -27,7 +27,7 @@ LARGEST_SCALE_CODE = 0x7E
 ONE = 0x38
 # The scale that puts a block's largest magnitude at 6, and those from 9 (it clips) to 3, in steps of the e4m3 code:
 # a binade has eight.
-SEARCHED = (*range(1, 9), *range(-1, -6, -1))
+SEARCHED = (*range(9), *range(-1, -6, -1))
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class NVFP4(Scalar):
     """clip: `search` tries for every block the 14 e4m3 scales about the plain one; `minmax` is the plain one."""
 
     granularity = BLOCK
+    fixed_group = True
     scale_dtype = torch.float8_e4m3fn
 
     @property
@@ -70,19 +71,10 @@ class NVFP4(Scalar):
         largest = x.abs().amax(-1)
         plain = E4M3.codes(largest / (E2M1.largest * outer)).clamp_min_(1)  # the smallest, lest a small block vanish
         plain = torch.where(largest == 0, ONE, plain).to(torch.int16)
-        scale = E4M3.levels(plain) * outer
         if clip == "minmax":
-            return scale, None
-        loss = clipping.weighted_loss(self._error(x, scale, None), importance)
-        for step in SEARCHED:
-            new = E4M3.levels((plain + step).clamp_(1, LARGEST_SCALE_CODE)) * outer
-            new_loss = clipping.weighted_loss(self._error(x, new, None), importance)
-            better = new_loss < loss
-            scale, loss = torch.where(better, new, scale), torch.where(better, new_loss, loss)
-        return scale, None
-
-    def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("a block's scale depends on the tensor's: see fit")
+            return E4M3.levels(plain) * outer, None
+        codes = ((plain + step).clamp_(1, LARGEST_SCALE_CODE) for step in SEARCHED)
+        return self._least(x, importance, (E4M3.levels(code) * outer for code in codes)), None
 
     def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
         assert grid.outer is not None
@@ -90,9 +82,6 @@ class NVFP4(Scalar):
         return E4M3.levels(E4M3.codes(scale.abs() / outer).clamp_(min=1)) * outer
 
     # ---- the file
-
-    def _check_group(self, columns: int) -> None:
-        """A row may be shorter than a block."""
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {

@@ -19,8 +19,8 @@ def granularities(*words: str) -> Words:
     return {word: {"granularity": word} for word in words}
 
 
-def scale_types(*names: str) -> Words:
-    return {name: {"scale_dtype": SCALE_TYPES[name]} for name in names or SCALE_TYPES}
+def scale_types() -> Words:
+    return {name: {"scale_dtype": dtype} for name, dtype in SCALE_TYPES.items()}
 
 
 def read(name: str, tokens: list[str], *words: Words, groups: bool = True) -> dict[str, Any]:

@@ -9,10 +9,10 @@ whole byte or word. As little-endian int32 words these are the bytes that compre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
+
+from llmquant.formats.base import few_rows
 
 CODES = 8  # eight codes of b bits fill exactly b bytes, whatever b is
 
@@ -24,7 +24,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     stream = torch.empty(rows, -(-n * bits // 8), dtype=torch.uint8, device=codes.device)
-    for some in _pieces(rows, n):
+    for some in few_rows(rows, n, codes.device):
         # A copy with strides of its own: a lone row can have any, and pass for contiguous.
         eights = codes.new_zeros(len(codes[some]), -(-n // CODES) * CODES)
         eights[:, :n] = codes[some]
@@ -41,7 +41,7 @@ def unpack_bits(stream: Tensor, bits: int, n: int) -> Tensor:
         return stream[:, :n].contiguous()
     stream = stream[:, : eights * bits]
     codes = torch.empty(rows, n, dtype=torch.uint8, device=stream.device)
-    for some in _pieces(rows, n):
+    for some in few_rows(rows, n, stream.device):
         packed = torch.nn.functional.pad(stream[some], (0, eights * bits - stream.shape[1])).unflatten(1, (-1, bits))
         words = torch.nn.functional.pad(packed, (0, CODES - bits)).view(torch.int64).squeeze(-1)
         codes[some] = _spread(words, bits).view(torch.uint8)[:, :n]
@@ -73,12 +73,6 @@ def _masks(lane: int, held: int) -> tuple[int, int]:
     """In every two lanes that are brought together: the bits of the lower one, and those above where the other goes."""
     low = sum(((1 << held) - 1) << at for at in range(0, 64, 2 * lane))
     return low, low << held
-
-
-def _pieces(rows: int, n: int) -> Iterator[slice]:
-    """A few rows at a time, which stay in cache from step to step."""
-    step = max(1, 2**18 // max(n, 1))
-    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def words_per_row(n: int, bits: int) -> int:

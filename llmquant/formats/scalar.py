@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmquant.errors import PlanError, ScaleOverflow
 from llmquant.formats import clipping, packing
-from llmquant.formats.base import PIECE, Format, Granularity, Grid, Lattice, TensorSpec, check_finite
+from llmquant.formats.base import Format, Granularity, Grid, Lattice, TensorSpec, check_finite, few_rows
 from llmquant.formats.elements import Element
 from llmquant.formats.options import SCALE_NAMES
 from llmquant_kernels import PackedWeight
@@ -35,6 +35,7 @@ class Scalar(Format):
     granularity: Granularity
     scale_dtype: torch.dtype | None  # None: float16, or bfloat16 for a bfloat16 weight
     clip_modes: tuple[str, ...] = ("search", "minmax")
+    fixed_group = False  # the group is the format's own: a row may be shorter
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, int) and self.granularity < 1:
@@ -45,9 +46,12 @@ class Scalar(Format):
     def element(self) -> Element:
         """What a code stands for, before scaling."""
 
-    @abstractmethod
     def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
-        """Stored scale and zero (rows, groups) for x (rows, groups, columns); importance broadcasts against x."""
+        """Stored scale and zero (rows, groups) for x (rows, groups, columns); importance broadcasts against x.
+
+        For formats whose groups are fitted each by itself; the others override `fit`.
+        """
+        raise NotImplementedError
 
     def stored_for(self, dtype: torch.dtype) -> Format:
         if self.scale_dtype is not None:
@@ -150,6 +154,15 @@ class Scalar(Format):
             scale, zero, loss = better(self._refined(x, importance, scale, zero), (scale, zero, loss))
         return scale, zero
 
+    def _least(self, x: Tensor, importance: Tensor | None, scales: Iterable[Tensor]) -> Tensor:
+        """Group by group the scale of least weighted error, the first of equals."""
+        best: Found | None = None
+        for scale in scales:
+            found = scale, None, clipping.weighted_loss(self._error(x, scale, None), importance)
+            best = found if best is None else better(found, best)
+        assert best is not None
+        return best[0]
+
     def _error(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         scale, zero = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
         return self._values(self._steps(x, scale, zero), scale, zero).sub_(x)
@@ -214,7 +227,7 @@ class Scalar(Format):
         return shape[0], self._stored_columns(shape[1]) // self._group(shape[1])
 
     def _check_group(self, columns: int) -> None:
-        if isinstance(self.granularity, int) and self.granularity > columns:
+        if isinstance(self.granularity, int) and self.granularity > columns and not self.fixed_group:
             raise PlanError(f"group {self.granularity} is larger than a row of {columns}: use at most g{columns}")
 
     def layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
@@ -242,13 +255,13 @@ class Scalar(Format):
 
     @staticmethod
     def _packed(named: dict[str, Tensor]) -> Tensor:
-        return named["weight_packed"]
+        return named["weight"].view(torch.uint8) if "weight" in named else named["weight_packed"]
 
     def _padded(self, codes: Tensor, grid: Grid) -> Tensor:
-        """With the code of 0.0 in what is missing of the last group, as that group has it."""
+        """With the code of 0.0 in what is missing of the last group, as that group has it; values are never padded."""
         rows, columns = codes.shape
         missing = self._stored_columns(columns) - columns
-        if not missing:
+        if not missing or self.element.cast is not None:
             return codes
         zeros = torch.zeros(rows, missing, device=codes.device)
         return torch.cat([codes, self.encode(zeros, grid.columns(columns, columns + missing))], dim=1)
@@ -261,6 +274,9 @@ class Scalar(Format):
     # What a subclass with another file overrides.
 
     def _codes_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """`weight` (out, in) of torch's own type for the element, where there is one; else a dense bit stream."""
+        if self.element.cast is not None:
+            return {"weight": TensorSpec(shape, self.element.cast)}
         nbytes = -(-self._stored_columns(shape[1]) * self.element.bits // 8)
         return {"weight_packed": TensorSpec((shape[0], nbytes), torch.uint8)}
 
@@ -270,14 +286,18 @@ class Scalar(Format):
         return {} if told else {"weight_shape": TensorSpec((2,), torch.int64)}
 
     def _pack_codes(self, codes: Tensor) -> dict[str, Tensor]:
-        pieces = [packing.pack_bits(self.element.stored(some), self.element.bits) for some in _few_rows(codes)]
-        return {"weight_packed": torch.cat(pieces)}
+        if self.element.cast is not None:
+            return {"weight": codes.view(self.element.cast)}
+        pieces = few_rows(codes.shape[0], codes.shape[1], codes.device)
+        packed = [packing.pack_bits(self.element.stored(codes[some]), self.element.bits) for some in pieces]
+        return {"weight_packed": torch.cat(packed)}
 
     def _unpack_codes(self, named: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        pieces = _few_rows(named["weight_packed"])
-        return torch.cat(
-            [self.element.unstored(packing.unpack_bits(some, self.element.bits, shape[1])) for some in pieces]
-        )
+        stored, bits = self._packed(named), self.element.bits
+        if self.element.cast is not None:
+            return stored
+        pieces = few_rows(*shape, stored.device)
+        return torch.cat([self.element.unstored(packing.unpack_bits(stored[some], bits, shape[1])) for some in pieces])
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {"weight_scale": TensorSpec(self._scale_shape(shape), self._stored_scale)}
@@ -295,11 +315,6 @@ class Scalar(Format):
     @staticmethod
     def _two_dimensional(scale: Tensor) -> Tensor:
         return scale.view(1, 1) if scale.dim() == 1 else scale
-
-
-def _few_rows(x: Tensor) -> tuple[Tensor, ...]:
-    """A few rows at a time, which stay in cache from step to step."""
-    return x.split(max(1, PIECE // x.shape[1]))
 
 
 def _ratio(x: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -133,9 +133,9 @@ def _of_scales(outer: Tensor, count: int) -> Tensor:
     return outer[1:].repeat_interleave(NESTED)[:count]
 
 
-@cache
+@lru_cache(maxsize=16)
 def _element(table: tuple[float, ...]) -> Table:
-    """One for all uses of a table: it keeps what it looks up."""
+    """One for all uses of a table, which keeps what it looks up; but k-means learns a table for every weight."""
     return Table(table)
 
 

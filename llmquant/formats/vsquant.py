@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from llmquant.errors import PlanError
 from llmquant.formats import clipping, options, packing
-from llmquant.formats.base import PIECE, Grid, TensorSpec
+from llmquant.formats.base import Grid, TensorSpec, few_rows
 from llmquant.formats.elements import Element, Whole
 from llmquant.formats.scalar import REFINEMENTS, Scalar
 
@@ -36,6 +36,7 @@ class VSQuant(Scalar):
     scale_bits: int = 4
     scale_dtype: torch.dtype | None = None
     granularity = VECTOR
+    fixed_group = True
 
     def __post_init__(self) -> None:
         if not (3 <= self.bits <= 8 and 4 <= self.scale_bits <= 6):
@@ -62,9 +63,8 @@ class VSQuant(Scalar):
         rows, columns = w.shape
         h = None if importance is None else _in_vectors(importance.view(1, -1))
         found = []
-        step = max(1, PIECE // columns) if w.device.type == "cpu" else rows
-        for start in range(0, rows, step):
-            x = _in_vectors(w[start : start + step])  # zeros in a short vector change nothing
+        for some in few_rows(rows, columns, w.device):
+            x = _in_vectors(w[some])  # zeros in a short vector change nothing
             found.append(self._plain(x) if clip == "minmax" else self._best(x, h))
         outer, whole = (torch.cat(parts) for parts in zip(*found, strict=True))
         return self._checked(Grid(outer * whole, None, VECTOR, outer=outer))
@@ -126,13 +126,7 @@ class VSQuant(Scalar):
         outer = grid.outer.squeeze(1)
         return outer * (scale / outer).round().clamp(1, self._most)
 
-    def _fit_groups(self, x: Tensor, importance: Tensor | None, clip: str) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("a vector's scale depends on its row's: see fit")
-
     # ---- the file
-
-    def _check_group(self, columns: int) -> None:
-        """A row may be shorter than a vector."""
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         vectors = self._stored_columns(shape[1]) // VECTOR
