@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from llmquant.blocks import Call, StreamedModel
 from llmquant.calibration import Streams
 from llmquant.errors import OutputError, PlanError
+from llmquant.stats import finite_rows
 
 CHUNK_BYTES = 2**26  # of float32 logits that exist at once
 # For float16, in which the smallest gradients would be lost; those of a thousand still fit, and few are above ten.
@@ -257,7 +258,7 @@ class _Sum:
     def add(self, gradient: Tensor) -> None:
         """Add the tokens of (..., rows); those that are not finite are left out and counted."""
         g = gradient.flatten(0, -2).float()
-        finite = torch.linalg.vecdot(g, g).isfinite()  # cheaper than asking each entry
+        finite = finite_rows(g)
         if not finite.all():
             self.dropped += int((~finite).sum())
             g = g[finite]

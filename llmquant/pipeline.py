@@ -121,8 +121,7 @@ def quantize(
     blocks = len(model.block_names)
     shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
     with OutputFolder(output, job.settings(prepared.checkpoint), overwrite=overwrite) as folder:
-        streams = _start_streams(prepared, folder, progress)
-        curves = _curvature(prepared, folder, progress)
+        streams, curves = _calibrate(prepared, folder, progress)
         for block in range(blocks):
             done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
             step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
@@ -153,41 +152,36 @@ def _progress_within(progress: Progress, what: str, before: int, total: int, don
 # ---- calibration
 
 
-def _start_streams(prepared: Prepared, folder: OutputFolder, progress: Progress) -> Streams | None:
+def _calibrate(
+    prepared: Prepared, folder: OutputFolder, progress: Progress
+) -> tuple[Streams | None, dict[str, Tensor]]:
+    """The streams that enter the first block, and the curvature where it is wanted."""
     calibration = prepared.job.calibration
     if calibration is None:
-        return None
+        return None, {}
     windows = folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
-    return Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
+    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
+    if not calibration.curvature:
+        return streams, {}
+    return streams, folder.kept(
+        CURVATURE, lambda: _curvature(prepared, windows, calibration.batch, folder.partial, progress)
+    )
 
 
-def _curvature(prepared: Prepared, folder: OutputFolder, progress: Progress) -> dict[str, Tensor]:
+def _curvature(prepared: Prepared, windows: Tensor, batch: int, spill: Path, progress: Progress) -> dict[str, Tensor]:
     """G of the outputs of linears and blocks, by name, from a quarter of the windows, none of them held out.
 
     Nothing for a model whose blocks hand on more than hidden states: the steps that need it are then left out.
     """
-    calibration = prepared.job.calibration
-    if calibration is None or not calibration.curvature:
+    some, progress_within = windows[: -(-len(windows) // 4)], partial(progress, "curvature")
+    try:
+        found = curvature(
+            prepared.model, some, batch=batch, seed=prepared.job.seed, spill=spill, progress=progress_within
+        )
+    except PlanError as error:
+        logging.getLogger(__name__).warning("%s: rounding goes on without the curvature of the loss", error)
         return {}
-
-    def make() -> dict[str, Tensor]:
-        windows = load_file(folder.partial / CALIBRATION)["tokens"]
-        some = windows[: -(-len(windows) // 4)]
-        try:
-            found = curvature(
-                prepared.model,
-                some,
-                batch=calibration.batch,
-                seed=prepared.job.seed,
-                spill=folder.partial,
-                progress=partial(progress, "curvature"),
-            )
-        except PlanError as error:
-            logging.getLogger(__name__).warning("%s: rounding goes on without the curvature of the loss", error)
-            return {}
-        return {name: part.blocks for name, part in found.items()}
-
-    return folder.kept(CURVATURE, make)
+    return {name: part.blocks for name, part in found.items()}
 
 
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
@@ -323,14 +317,16 @@ def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
         solution = SOLVERS[name](w, stats, row.format, **options)
     except LlmquantError as error:
         raise type(error)(f"{row.key}: {error}") from None
+    outputs = None if stats is None else stats.output_energy(w)  # as dear as a step of the solver, and wanted twice
     rival = None
     if solution.rival is not None:
-        rival = Result(row, solution.rival, {**_report(row, w, solution.rival, stats), "solver": name})
-    return Result(row, solution, {**_report(row, w, solution, stats), "solver": name}, rival)
+        report = {**_report(row, w, solution.rival, stats, outputs), "solver": name}
+        rival = Result(row, solution.rival, report)
+    return Result(row, solution, {**_report(row, w, solution, stats, outputs), "solver": name}, rival)
 
 
-def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dict[str, Any]:
-    """Relative errors: of the weight and, where calibrated, of its outputs."""
+def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outputs: float | None) -> dict[str, Any]:
+    """Relative errors: of the weight and, where calibrated, of its outputs, whose energy is `outputs`."""
     report: dict[str, Any] = {
         "name": row.target.name,
         "key": row.key,
@@ -339,13 +335,13 @@ def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None) -> dic
         "bits_per_weight": row.format.bits_per_weight(row.target.shape),
         "loss": solution.loss,
     }
-    if stats is None:
+    if stats is None or outputs is None:
         return {**report, "error": _ratio(solution.loss, energy(w))}
     error = row.format.decode(solution.codes, solution.grid).sub_(w)
     return {
         **report,
         "error": _ratio(energy(error), energy(w)),
-        "output_error": _ratio(solution.loss, stats.output_energy(w)),
+        "output_error": _ratio(solution.loss, outputs),
         "steps": [asdict(step) for step in solution.steps],
         "tokens": stats.tokens,
         "dropped": stats.dropped,

@@ -23,13 +23,6 @@ class Held:
         missed = (self.x_ref - self.x) @ w.T
         return missed if self.debt is None else missed + self.debt
 
-    def error(self, w: Tensor, q: Tensor) -> float:
-        """Of the quantized q on the quantized stream, against w on the reference, both (out, in):
-        |Q x - W x_ref - debt| over |W x_ref|, root mean squares over the tokens.
-        """
-        error = energy(self.x @ (q - w).T - self.missed(w))
-        return float((error / max(energy(self.x_ref @ w.T), 1e-30)) ** 0.5)
-
 
 @dataclass
 class Stats:
@@ -75,8 +68,7 @@ class Stats:
     def _finite(self, *streams: Tensor | None) -> list[Tensor]:
         """(tokens, width) float32 of every stream that there is, without the tokens that are not finite in all."""
         flat = [stream.flatten(0, -2).float() for stream in streams if stream is not None]
-        # Cheaper than asking every entry; squares beyond float32 are as unwelcome in the sums.
-        finite = torch.stack([torch.linalg.vecdot(stream, stream).isfinite() for stream in flat]).all(0)
+        finite = torch.stack([finite_rows(stream) for stream in flat]).all(0)
         if finite.all():
             return flat
         self.dropped += int((~finite).sum())
@@ -87,7 +79,8 @@ class Stats:
         """The tokens held out; None where there are none."""
         if not self.pieces:
             return None
-        self.pieces = [tuple(torch.cat(parts) for parts in zip(*self.pieces, strict=True))]
+        if len(self.pieces) > 1:  # put together in place, once for all that share them
+            self.pieces[:] = [tuple(torch.cat(parts) for parts in zip(*self.pieces, strict=True))]
         return Held(*self.pieces[0]) if len(self.pieces[0][0]) else None
 
     def __add__(self, other: Stats) -> Stats:
@@ -110,6 +103,14 @@ class Stats:
     def output_energy(self, w: Tensor) -> float:
         """Mean over tokens of |w x|^2 = tr(w H w^T) / tokens, for w (out, in)."""
         return float(torch.linalg.vecdot(w @ self.hessian, w).sum(dtype=torch.float64) / max(1, self.tokens))
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """Which rows of x (rows, columns) float32 are finite, and so are their squares, as sums of them must be.
+
+    Cheaper than to ask every entry.
+    """
+    return torch.linalg.vecdot(x, x).isfinite()
 
 
 def energy(w: Tensor) -> float:

@@ -116,11 +116,16 @@ class _Ladder:
 
     def __init__(self, w: Tensor, held: Held | None) -> None:
         self.w, self.held = w, held
+        if held is not None:
+            self.missed, self.wanted = held.missed(w), max(energy(held.x_ref @ w.T), 1e-30)
         self.best = float("inf")
         self.steps: list[Step] = []
 
     def offer(self, name: str, codes: Tensor, grid: Grid, fmt: Format) -> None:
-        error = float("nan") if self.held is None else self.held.error(self.w, fmt.decode(codes, grid))
+        error = float("nan")
+        if self.held is not None:  # |Q x - W x_ref - debt| over |W x_ref|
+            change = fmt.decode(codes, grid).sub_(self.w)
+            error = float((energy(self.held.x @ change.T - self.missed) / self.wanted) ** 0.5)
         kept = not error >= self.best
         self.steps.append(Step(name, error, kept))
         if kept:
