@@ -143,6 +143,15 @@ class StreamedModel:
         parameters = self._blocks[block].named_parameters(self.block_names[block])
         return [name for name, value in parameters if value.ndim >= 2 and name not in handled]
 
+    def vectors(self) -> dict[str, str]:
+        """Weights of norms and biases, {name in memory: the checkpoint's name}, of those that it stores as they are."""
+        found = {
+            name: self.source_key(name)
+            for name, value in self.model.named_parameters()
+            if value.ndim == 1 and value.is_floating_point() and name not in self._tied
+        }
+        return {name: key for name, key in found.items() if key is not None}
+
     def block_keys(self, block: int) -> list[str]:
         """The checkpoint's own names of the tensors that belong to a block, in the checkpoint's order."""
         return list(self._block_keys[block])

@@ -42,7 +42,7 @@ class Streams:
         """
         streams = cls(model, [], [], [], [])
         model.load_outside()
-        summed = len(windows) - max(len(windows) // 8, len(windows) >= FEW)
+        summed = summed_windows(len(windows))
         batches = [*windows[:summed].split(batch), *(windows[summed:].split(batch) if summed < len(windows) else ())]
         streams.held = [index >= -(-summed // batch) for index in range(len(batches))]
         for tokens in batches:
@@ -59,6 +59,10 @@ class Streams:
         if not self.calls:
             return calls
         return [old if _equal(old, new) else new for old, new in zip(self.calls[0], calls, strict=True)]
+
+    def held_windows(self) -> Tensor:
+        """Which windows are held out, (n,) bool."""
+        return torch.tensor([held for held, part in zip(self.held, self.reference, strict=True) for _ in part])
 
     def advance(self, block: int, swap: WeightSwap) -> None:
         """Both streams through the block: the reference with the original weights, the other with the new ones."""
@@ -136,6 +140,11 @@ class Streams:
                 "NaN or Inf: the model overflows in its own type; try --dtype float32, or --quality fast, which needs "
                 "no calibration"
             )
+
+
+def summed_windows(count: int) -> int:
+    """How many of `count` windows enter the sums: all but the last eighth, or but one of a few."""
+    return count - max(count // 8, count >= FEW)
 
 
 class _SeenEnough(Exception):

@@ -92,7 +92,11 @@ def quantize(
         list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")
     ] = None,
     quality: Annotated[
-        str, typer.Option(help="balanced; or fast: weights alone, or the cheap steps where --calibration is given.")
+        str,
+        typer.Option(
+            help="balanced; fast: weights alone, or the cheap steps where --calibration is given; best: also trains "
+            "scales and rounding end to end, for what memory and time allow."
+        ),
     ] = "balanced",
     clip: Annotated[str, typer.Option(help="Range rule: search, minmax, percentile, mse or kl.")] = "search",
     calibration: Annotated[
@@ -134,14 +138,21 @@ def quantize(
     granularity = f"g{group}" if group.isdecimal() else group
     spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
     rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip)
-    balanced = QUALITIES[quality]
+    preset = QUALITIES[quality]
     shown = None
-    if balanced or calibration is not None:
-        windows = samples or (128 if balanced else 16)
-        shown = pipeline.Calibration(calibration or "self", windows, length, batch, curvature=balanced)
+    if preset.calibrated or calibration is not None:
+        windows = samples or (128 if preset.calibrated else 16)
+        shown = pipeline.Calibration(calibration or "self", windows, length, batch, curvature=preset.curvature)
     folder = output or Path(f"{Path(model).name}-{recipe.stem if recipe else spec.replace(':', '-')}")
     job = pipeline.Job(
-        model, rules, shown, seed, device or _default_device(), _dtype(dtype), trust_remote_code=trust_remote_code
+        model,
+        rules,
+        shown,
+        seed,
+        device or _default_device(),
+        _dtype(dtype),
+        tuning=preset.tuning,
+        trust_remote_code=trust_remote_code,
     )
     torch.manual_seed(seed)
     prepared = pipeline.prepare(job, folder, overwrite=overwrite)
@@ -221,6 +232,10 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     out.print(table)
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
+    if tuning := manifest.get("tuning"):
+        first, least = tuning["divergences"][0][1], min(kl for _, kl in tuning["divergences"])
+        verdict = "kept" if tuning["kept"] else "not kept"
+        out.print(f"tuning {verdict}: KL on held-out tokens {first:.4g} -> {least:.4g}", highlight=False)
     for kept in manifest["kept_dense"]:
         out.print(f"kept dense: {kept['name']}: {kept['reason']}", highlight=False, markup=False, soft_wrap=True)
     before, after = summary["bytes_before"], summary["bytes_after"]

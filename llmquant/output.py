@@ -161,7 +161,9 @@ class OutputFolder:
     def finish(self, config: dict[str, Any], companions: list[Path], manifest: dict[str, Any]) -> None:
         """Index, config, companions and, last, the manifest with every file's SHA-256; then the final name."""
         records = [self.records[part] for part in sorted(self.records)]
-        weight_map = {name: record["shard"] for record in records for name in record["tensors"]}
+        weight_map = {name: record["shard"] for record in records for name in record["tensors"]}  # the last one counts
+        replaced = [record["shard"] for record in records if record["shard"] not in weight_map.values()]
+        records = [record for record in records if record["shard"] not in replaced]
         total = sum(record["bytes"] for record in records)
         self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         self.write_json("config.json", config)
@@ -169,7 +171,7 @@ class OutputFolder:
             for path in companions:
                 shutil.copyfile(path, self.partial / path.name)
                 _sync(self.partial / path.name)
-        for name in KEPT:
+        for name in (*KEPT, *replaced):
             (self.partial / name).unlink(missing_ok=True)
         hashes = {record["shard"]: {"bytes": record["bytes"], "sha256": record["sha256"]} for record in records}
         for path in sorted(self.partial.iterdir()):

@@ -6,6 +6,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmquant import text
+from llmquant import text, tune
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Stage, Streams, WeightSwap, stages
+from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
@@ -45,20 +46,20 @@ class Calibration:
     """What is shown to the model: `samples` windows of `length` tokens.
 
     source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id.
-    length None: 512, or the model's limit where that is lower. curvature: whether a backward pass over a quarter of
-    the windows finds out how the loss curves, for the last step of rounding.
+    length None: 512, or the model's limit where that is lower. curvature: the share of the windows over which a
+    backward pass finds out how the loss curves, for the last step of rounding; 0: none.
     """
 
     source: str = "self"
     samples: int = 128
     length: int | None = None
     batch: int = 8
-    curvature: bool = True
+    curvature: float = 0.25
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides the bytes of a result."""
+    """All that decides the bytes of a result. tuning: steps of end-to-end tuning after the last block."""
 
     model: str
     recipe: Recipe
@@ -66,6 +67,7 @@ class Job:
     seed: int = 0
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    tuning: int = 0
     trust_remote_code: bool = False
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -76,6 +78,7 @@ class Job:
             "seed": self.seed,
             "device": self.device,
             "dtype": str(self.dtype),
+            "tuning": self.tuning,
             "source": checkpoint.fingerprint(),
         }
 
@@ -134,13 +137,14 @@ def quantize(
             else:
                 name = shard(block + 1, blocks + 1)
                 _save_block(prepared, folder, block, name, _solve_block(prepared, block, streams, curves, swap, step))
-            if streams is not None and block + 1 < blocks:
+            if streams is not None and (block + 1 < blocks or job.tuning):
                 streams.advance(block, swap)
             model.unload_block(block)
         if blocks not in folder.records:
             _save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), _solve_outside(prepared))
+        tuning = _tune(prepared, folder, streams, progress) if streams is not None and job.tuning else {}
         progress("finish", plan.weights, plan.weights)
-        manifest = _manifest(prepared, folder)
+        manifest = {**_manifest(prepared, folder), **tuning}
         folder.finish(_config(prepared), prepared.checkpoint.companions(), manifest)
     return manifest
 
@@ -163,20 +167,25 @@ def _calibrate(
     streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
     if not calibration.curvature:
         return streams, {}
-    return streams, folder.kept(
-        CURVATURE, lambda: _curvature(prepared, windows, calibration.batch, folder.partial, progress)
-    )
+    return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, folder.partial, progress))
 
 
-def _curvature(prepared: Prepared, windows: Tensor, batch: int, spill: Path, progress: Progress) -> dict[str, Tensor]:
-    """G of the outputs of linears and blocks, by name, from a quarter of the windows, none of them held out.
+def _curvature(
+    prepared: Prepared, windows: Tensor, calibration: Calibration, spill: Path, progress: Progress
+) -> dict[str, Tensor]:
+    """G of the outputs of linears and blocks, by name, from a share of the windows, none of them held out.
 
     Nothing for a model whose blocks hand on more than hidden states: the steps that need it are then left out.
     """
-    some, progress_within = windows[: -(-len(windows) // 4)], partial(progress, "curvature")
+    count = min(math.ceil(calibration.curvature * len(windows)), summed_windows(len(windows)))
     try:
         found = curvature(
-            prepared.model, some, batch=batch, seed=prepared.job.seed, spill=spill, progress=progress_within
+            prepared.model,
+            windows[:count],
+            batch=calibration.batch,
+            seed=prepared.job.seed,
+            spill=spill,
+            progress=partial(progress, "curvature"),
         )
     except PlanError as error:
         logging.getLogger(__name__).warning("%s: rounding goes on without the curvature of the loss", error)
@@ -355,13 +364,27 @@ def _put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> 
     swap.replace(row.target.name, parameter, row.target.stored(decoded))
 
 
-def _save_block(prepared: Prepared, folder: OutputFolder, block: int | None, shard: str, results: list[Result]) -> None:
-    """block None: all that lies outside the blocks, as the last part."""
+def _save_block(
+    prepared: Prepared,
+    folder: OutputFolder,
+    block: int | None,
+    shard: str,
+    results: list[Result],
+    *,
+    part: int | None = None,
+    changed: dict[str, Tensor] | None = None,
+    noted: dict[str, Any] | None = None,
+) -> None:
+    """block None: all that lies outside the blocks, as the last part.
+
+    part: its number, where it is not the first that is written of the block; changed: what the file gets, of whatever
+    blocks, in place of the checkpoint's own tensors; noted: of this part, besides the report.
+    """
     model = prepared.model
     quantized = {result.row.key for result in results}
     keys = model.outside_keys() if block is None else model.block_keys(block)
     dense = [name for name in keys if name not in quantized]
-    tensors = prepared.checkpoint.tensors(dense)
+    tensors = {name: (changed or {}).get(name, own) for name, own in prepared.checkpoint.tensors(dense).items()}
     for result in results:
         for suffix, tensor in result.row.format.pack(result.solution.codes, result.solution.grid).items():
             tensors[_stored_name(result.row, suffix)] = tensor.cpu()
@@ -370,9 +393,10 @@ def _save_block(prepared: Prepared, folder: OutputFolder, block: int | None, sha
         _check_dense({name: read[name] for name in dense})
         for result in results:
             _check_result(result, read)
-        return {"report": [result.report for result in results]}
+        return {"report": [result.report for result in results], **(noted or {})}
 
-    folder.write_shard(len(model.block_names) if block is None else block, shard, tensors, check)
+    first = len(model.block_names) if block is None else block
+    folder.write_shard(first if part is None else part, shard, tensors, check)
 
 
 def _stored_name(row: Row, suffix: str) -> str:
@@ -405,11 +429,82 @@ def _ratio(error: float, signal: float) -> float:
 
 def _restore(prepared: Prepared, folder: OutputFolder, block: int, swap: WeightSwap) -> None:
     """Put the block's quantized weights in place from the shard that an earlier run left."""
-    tensors = load_file(folder.partial / folder.records[block]["shard"])
+    for row, matrix in zip(prepared.plan.of_block(block), _matrices(prepared, folder, block), strict=True):
+        _put(prepared, swap, row, Solution(matrix.codes, matrix.grid, 0.0))
+
+
+# ---- tuning
+
+
+def _tune(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: Progress) -> dict[str, Any]:
+    """Train all blocks together, and write them anew where that was for the better. Returns what is noted of it."""
+    model, job = prepared.model, prepared.job
+    places = [*range(len(model.block_names)), None]
+    parts = range(len(places), 2 * len(places))
+    if not all(part in folder.records for part in parts):
+        windows = load_file(folder.partial / CALIBRATION)["tokens"]
+        vectors = model.vectors()
+        with _whole(model):
+            tuned = tune.tune(
+                model,
+                [matrix for block in places for matrix in _matrices(prepared, folder, block)],
+                {name: prepared.checkpoint.dtype(key) for name, key in vectors.items()},
+                windows,
+                torch.cat(streams.reference),
+                streams.held_windows(),
+                steps=job.tuning,
+                batch=len(streams.reference[0]),
+                seed=job.seed,
+                progress=partial(progress, "tune"),
+            )
+            noted = {"kept": tuned.kept, "divergences": tuned.divergences}
+            if not tuned.kept:
+                return {"tuning": noted}
+            found = {matrix.target.name: matrix for matrix in tuned.matrices}
+            changed = {vectors[name]: vector for name, vector in tuned.vectors.items()}
+            for part, block in zip(parts, places, strict=True):
+                name = f"tuned-{part - len(places) + 1:05d}-of-{len(places):05d}.safetensors"
+                results = [
+                    _tuned(prepared, folder, row, found[row.target.name]) for row in prepared.plan.of_block(block)
+                ]
+                _save_block(prepared, folder, block, name, results, part=part, changed=changed, noted={"tuning": noted})
+    return {"tuning": folder.records[parts[0]]["tuning"]}
+
+
+@contextmanager
+def _whole(model: StreamedModel) -> Iterator[None]:
+    """The whole model in memory."""
+    blocks = range(len(model.block_names))
+    model.load_outside()
+    for block in blocks:
+        model.load_block(block)
+    yield
+    for block in blocks:
+        model.unload_block(block)
+    model.unload_outside()
+
+
+def _matrices(prepared: Prepared, folder: OutputFolder, block: int | None) -> list[tune.Matrix]:
+    """The quantized matrices of a block, from the shard that has been written of it."""
+    part = len(prepared.model.block_names) if block is None else block
+    tensors = load_file(folder.partial / folder.records[part]["shard"])
+    found = []
     for row in prepared.plan.of_block(block):
         codes, grid = row.format.unpack(_stored(row, tensors), row.target.shape)
         device = prepared.model.device
-        _put(prepared, swap, row, Solution(codes.to(device), grid.to(device), 0.0))
+        found.append(tune.Matrix(row.target, row.format, codes.to(device), grid.to(device)))
+    return found
+
+
+def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matrix) -> Result:
+    """As a result, with the error that it has now: of its outputs nothing is known any more."""
+    part = len(prepared.model.block_names) if row.block is None else row.block
+    report = next(report for report in folder.records[part]["report"] if report["name"] == row.target.name)
+    w = row.target.matrix(prepared.model.module(row.target)).detach().float()
+    loss = energy(row.format.decode(matrix.codes, matrix.grid).sub_(w))
+    report = {key: value for key, value in report.items() if key != "output_error"}
+    report |= {"loss": loss, "error": _ratio(loss, energy(w)), "tuned": True}
+    return Result(row, Solution(matrix.codes, matrix.grid, loss), report)
 
 
 # ---- the end
@@ -423,7 +518,8 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
     """All about the run that does not depend on when and where it ran."""
     plan, job = prepared.plan, prepared.job
-    reports = [report for part in sorted(folder.records) for report in folder.records[part].get("report", [])]
+    written = [report for part in sorted(folder.records) for report in folder.records[part].get("report", [])]
+    reports = list({report["name"]: report for report in written}.values())  # a block written anew counts as it is now
     versions = {
         "llmquant": __version__,
         "python": platform.python_version(),

@@ -11,8 +11,23 @@ from typing import Any
 from llmquant import formats
 from llmquant.errors import PlanError
 
-# quality -> whether calibration runs first. `fast` reads weights only.
-QUALITIES = {"fast": False, "balanced": True}
+
+@dataclass(frozen=True)
+class Quality:
+    """A preset. calibrated: whether it needs calibration; curvature: of the calibration windows, the share that finds
+    out how the loss curves; tuning: steps of end-to-end tuning.
+    """
+
+    calibrated: bool = False
+    curvature: float = 0.0
+    tuning: int = 0
+
+
+QUALITIES = {
+    "fast": Quality(),
+    "balanced": Quality(calibrated=True, curvature=0.25),
+    "best": Quality(calibrated=True, curvature=1.0, tuning=150),
+}
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ FORBIDDEN = {
     "blocks": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
+    "tune": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "linear": [*WRITING, "hf", "checkpoint"],
     "hf": WRITING,

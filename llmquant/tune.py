@@ -1,0 +1,314 @@
+"""End-to-end tuning: rounding, scales and norms of all blocks, trained together towards the original's predictions.
+
+What a solver does to one matrix is judged by its outputs, or those of its block. Here the loss is the one that counts,
+KL(original || quantized) over calibration tokens, and its gradient reaches
+
+shift    of every code, in units of its levels: the code is the level nearest to where it began plus the shift. The
+         gradient passes through the rounding as if it were not there (Y. Bengio et al., arXiv:1308.3432); to learn
+         rounding that way is SignRound's (W. Cheng et al., arXiv:2309.05516), there block by block.
+stretch  the logarithm of a factor of every scale, which is rounded to its stored type before it is used.
+delta    of every vector: weights of norms and biases, rounded to the type that the file has.
+
+The file keeps its formats: only values change. The best iterate on held-out tokens is kept, which may be the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from llmquant.blocks import StreamedModel
+from llmquant.formats import Format, Grid
+from llmquant.matrices import Target
+
+CHUNK_BYTES = 2**26  # of float32 logits that exist at once
+WARM_UP = 10  # steps until the rates are reached; from there they fall linearly to nothing
+BETAS = (0.9, 0.95)
+JUDGED = 25  # steps from one look at the held-out tokens to the next
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantized matrix. lean (out, in): how far from its level each weight would best be, in [-0.5, 0.5] levels."""
+
+    target: Target
+    format: Format
+    codes: Tensor
+    grid: Grid
+    lean: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Adam's rates, per step: of shifts in units of levels, of the logarithms of scales, and of vectors."""
+
+    shift: float = 5e-3
+    stretch: float = 1e-3
+    delta: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of it: the KL divergence on held-out tokens, in nats, at every look; the least is kept."""
+
+    matrices: list[Matrix]
+    vectors: dict[str, Tensor]  # by name in memory, as the file will hold them
+    divergences: list[tuple[int, float]]  # (step, KL)
+
+    @property
+    def kept(self) -> bool:
+        """Whether tuning found anything better than where it began."""
+        return min(kl for _, kl in self.divergences) < self.divergences[0][1]
+
+
+def tune(
+    model: StreamedModel,
+    matrices: list[Matrix],
+    vectors: dict[str, torch.dtype],
+    windows: Tensor,
+    wanted: Tensor,
+    held: Tensor,
+    *,
+    steps: int = 150,
+    batch: int = 8,
+    seed: int = 0,
+    rates: Rates = Rates(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tuned:
+    """Train on windows (n, length) int64 where `held` (n,) bool is false, and judge on the others.
+
+    vectors: name in memory -> stored type, of those that are trained. wanted (n, length, hidden): what leaves the last
+    block of the original for those windows. The original must be loaded as a whole: every block, and what lies outside.
+    """
+    taught = [_Levels(matrix, model.dtype) for matrix in matrices]
+    moved = {name: _Moved(model.model.get_parameter(name), dtype) for name, dtype in vectors.items()}
+    groups = (
+        ([part.shift for part in taught], rates.shift),
+        ([part.stretch for part in taught], rates.stretch),
+        ([part.delta for part in moved.values()], rates.delta),
+    )
+    run = _Run(model, windows, wanted, batch)
+    trained, judged = torch.where(~held)[0], torch.where(held)[0]
+    parameters = [parameter for group, _ in groups for parameter in group]
+    best, divergences = [parameter.detach().clone() for parameter in parameters], []
+
+    def judge(step: int) -> None:
+        divergences.append((step, run.divergence(judged)))
+        if divergences[-1][1] <= min(kl for _, kl in divergences):
+            for kept, parameter in zip(best, parameters, strict=True):
+                kept.copy_(parameter.detach())
+
+    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups if group], betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
+    )
+    with _in_place(model, taught, moved):
+        for step, chosen in enumerate(_batches(trained, batch, steps, seed)):
+            if step % JUDGED == 0:
+                judge(step)
+            run.backward(chosen)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress(step + 1, steps)
+        judge(steps)
+    with torch.no_grad():
+        for kept, parameter in zip(best, parameters, strict=True):
+            parameter.copy_(kept)
+    return Tuned([part.matrix() for part in taught], {name: part.vector() for name, part in moved.items()}, divergences)
+
+
+def _batches(indices: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` batches of indices: all of them in random order, and again."""
+    generator = torch.Generator().manual_seed(seed)
+    left = indices[:0]
+    for _ in range(steps):
+        while len(left) < min(batch, len(indices)):
+            left = torch.cat([left, indices[torch.randperm(len(indices), generator=generator)]])
+        yield left[:batch]
+        left = left[batch:]
+
+
+@contextmanager
+def _in_place(model: StreamedModel, taught: list[_Levels], moved: dict[str, _Moved]) -> Iterator[None]:
+    """The model computes with what is trained instead of its own weights."""
+    places: list[tuple[nn.Module, str, _Trained]] = [(model.module(part.target), "weight", part) for part in taught]
+    for full_name, vector in moved.items():
+        owner, _, own = full_name.rpartition(".")
+        places.append((model.model.get_submodule(owner), own, vector))
+    try:
+        for module, name, part in places:
+            parametrize.register_parametrization(module, name, part, unsafe=True)
+        yield
+    finally:
+        for module, name, _ in places:
+            if parametrize.is_parametrized(module, name):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+
+
+class _Run:
+    """The whole model on some of the windows."""
+
+    def __init__(self, model: StreamedModel, windows: Tensor, wanted: Tensor, batch: int) -> None:
+        self.model, self.windows, self.wanted, self.batch = model, windows, wanted, batch
+        vocabulary = model.config.get_text_config().vocab_size
+        self.tokens = max(1, CHUNK_BYTES // (4 * vocabulary))
+
+    def backward(self, chosen: Tensor) -> None:
+        """Add the gradient of the mean divergence over the windows chosen."""
+        with torch.enable_grad():
+            hidden = self._hidden(chosen)
+            leaf = hidden.detach().requires_grad_()
+            for loss in self._losses(chosen, leaf):
+                (loss / self.windows[chosen].numel()).backward()
+            hidden.backward(leaf.grad)
+
+    @torch.no_grad()
+    def divergence(self, chosen: Tensor) -> float:
+        """Mean KL(original || model) per token over the windows chosen."""
+        total = 0.0
+        for part in chosen.split(self.batch):
+            total += sum(float(loss) for loss in self._losses(part, self._hidden(part)))
+        return total / self.windows[chosen].numel()
+
+    def _hidden(self, chosen: Tensor) -> Tensor:
+        hidden, calls = self.model.embed(self.windows[chosen].to(self.model.device))
+        for block, call in enumerate(calls):
+            hidden = self.model.run_block(block, hidden, call)
+        return hidden
+
+    def _losses(self, chosen: Tensor, hidden: Tensor) -> Iterator[Tensor]:
+        """The divergence summed over the tokens of one piece after the other: not all logits exist at once."""
+        for index, window in enumerate(chosen.tolist()):
+            pieces = (self.windows[window : window + 1], self.wanted[window : window + 1], hidden[index : index + 1])
+            for tokens, wanted, found in zip(*(part.split(self.tokens, dim=1) for part in pieces), strict=True):
+                with torch.no_grad(), _original(self.model):
+                    target = self.model.logits(tokens, wanted.to(found)).float().log_softmax(-1)
+                logits = self.model.logits(tokens, found).float().log_softmax(-1)
+                yield nn.functional.kl_div(logits, target, reduction="sum", log_target=True)
+
+
+class _Trained(nn.Module):
+    """A parametrization: what a module computes with instead of its own tensor, unless it is `off`."""
+
+    off = False
+
+    def forward(self, original: Tensor) -> Tensor:
+        return original if self.off else self.value()
+
+    def value(self) -> Tensor:
+        raise NotImplementedError
+
+
+@contextmanager
+def _original(model: StreamedModel) -> Iterator[None]:
+    """The model computes with its own tensors."""
+    parts = [part for part in model.model.modules() if isinstance(part, _Trained)]
+    for part in parts:
+        part.off = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.off = False
+
+
+class _Levels(_Trained):
+    """A weight: the levels nearest to where they were plus `shift`, times stretched scales."""
+
+    def __init__(self, matrix: Matrix, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.start, self.target, self.dtype = matrix, matrix.target, dtype
+        lattice = matrix.format.lattice(matrix.grid)
+        self.lattice, self.group = lattice, lattice.group
+        levels = lattice.levels.expand(len(matrix.codes), -1)
+        self.center = levels.gather(1, _places_of(matrix.codes, lattice.codes))
+        if matrix.lean is not None:
+            self.center += matrix.lean
+        self.middles = ((lattice.levels[:, 1:] + lattice.levels[:, :-1]) / 2).contiguous()
+        self.shift = nn.Parameter(torch.zeros_like(self.center))
+        self.stretch = nn.Parameter(torch.zeros_like(matrix.grid.scale))
+
+    def places(self) -> Tensor:
+        """Which levels are nearest (out, in)."""
+        wanted = self.center + self.shift
+        if len(self.middles) == 1:
+            return torch.bucketize(wanted, self.middles[0])
+        return torch.searchsorted(self.middles, wanted)
+
+    def scale(self) -> Tensor:
+        """The stretched scales as the file will hold them."""
+        grid, fmt = self.start.grid, self.start.format
+        wanted = grid.scale * self.stretch.exp()
+        return torch.stack([fmt.storable(wanted[:, g], grid, g) for g in range(wanted.shape[1])], dim=1)
+
+    def value(self) -> Tensor:
+        with torch.no_grad():
+            places, scale = self.places(), self.scale()
+            steps = self.lattice.levels.expand(len(places), -1).gather(1, places)
+            if self.lattice.zero is not None:
+                steps -= self._wide(self.lattice.zero)
+        w = _Decode.apply(self.shift, self.stretch, steps, scale, self.group)
+        if self.lattice.offset is not None:
+            w = w + self._wide(self.lattice.offset)
+        return self.target.stored(w.to(self.dtype))
+
+    def _wide(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(self.group, dim=1)[:, : self.center.shape[1]]
+
+    @torch.no_grad()
+    def matrix(self) -> Matrix:
+        """As it is now."""
+        grid = replace(self.start.grid, scale=self.scale())
+        return replace(self.start, codes=self.lattice.codes[self.places()], grid=grid)
+
+
+def _places_of(codes: Tensor, known: Tensor) -> Tensor:
+    """Where each of codes (out, in) is among those known (K,)."""
+    ascending, places = known.long().sort()
+    return places[torch.searchsorted(ascending, codes.long())]
+
+
+class _Decode(torch.autograd.Function):
+    """steps * scale, as if steps were `shift` plus a constant, and scale exp(`stretch`) times one."""
+
+    @staticmethod
+    def forward(ctx: Any, shift: Tensor, stretch: Tensor, steps: Tensor, scale: Tensor, group: int) -> Tensor:
+        ctx.save_for_backward(steps, scale)
+        ctx.group = group
+        return steps * scale.repeat_interleave(group, dim=1)[:, : steps.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        steps, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        columns, groups = steps.shape[1], scale.shape[1]
+        of_scale = nn.functional.pad(gradient * steps, (0, groups * ctx.group - columns))
+        of_scale = of_scale.unflatten(1, (groups, ctx.group)).sum(-1) * scale
+        if len(scale) == 1:
+            of_scale = of_scale.sum(0, keepdim=True)
+        return gradient * scale.repeat_interleave(ctx.group, dim=1)[:, :columns], of_scale, None, None, None
+
+
+class _Moved(_Trained):
+    """A vector: what it was plus `delta`, rounded to the type of the file."""
+
+    def __init__(self, original: Tensor, stored: torch.dtype) -> None:
+        super().__init__()
+        self.start, self.dtype, self.stored_dtype = original.detach().float(), original.dtype, stored
+        self.delta = nn.Parameter(torch.zeros_like(self.start))
+
+    def value(self) -> Tensor:
+        moved = self.start + self.delta
+        return (moved + (moved.to(self.stored_dtype).float() - moved).detach()).to(self.dtype)
+
+    @torch.no_grad()
+    def vector(self) -> Tensor:
+        """As the file will hold it."""
+        return (self.start + self.delta).to(self.stored_dtype)
