@@ -94,7 +94,10 @@ def quantize(
     quality: Annotated[
         str, typer.Option(help="balanced; or fast: weights alone, or the cheap steps where --calibration is given.")
     ] = "balanced",
-    clip: Annotated[str, typer.Option(help="Range rule: search, minmax, percentile, mse or kl.")] = "search",
+    solver: Annotated[str, typer.Option(help="Method by name instead: rtn, gptq, gptaq, hqq, kmeans.")] = "auto",
+    clip: Annotated[
+        str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -133,7 +136,7 @@ def quantize(
         raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
     granularity = f"g{group}" if group.isdecimal() else group
     spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
-    rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip)
+    rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip, solver=solver)
     balanced = QUALITIES[quality]
     shown = None
     if balanced or calibration is not None:
