@@ -130,6 +130,20 @@ def rtn(job: Job, clip: str) -> Weights:
     return llmquant(job, "fast", "--clip", clip, convention="sym_gptq")
 
 
+def own(job: Job, solver: str, **options: Any) -> Weights:
+    """A solver by name, with calibration and without what the presets add to it."""
+    from unittest import mock
+
+    from llmquant import curvature
+
+    recipe = [*({"pattern": name, "format": None} for name in job.skipped)]
+    recipe.append({"pattern": "*", "format": job.spec, "solver": solver, "options": options})
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(curvature, "curvature", return_value={}):
+        path = Path(folder) / "recipe.json"
+        path.write_text(json.dumps(recipe))
+        return llmquant(job, "balanced", "--recipe", str(path))
+
+
 # ---- GPTQModel
 
 
@@ -296,6 +310,10 @@ def hqq(job: Job) -> Weights:
 METHODS: dict[str, Callable[[Job], Weights]] = {
     "rtn": lambda job: rtn(job, "minmax"),
     "rtn-mse": lambda job: rtn(job, "mse"),
+    # Methods as published, by the code of this project; of hqq too the zero point is real.
+    "own-gptq": lambda job: own(job, "gptq", target=False, rounds=0),
+    "own-gptaq": lambda job: own(job, "gptaq"),
+    "own-hqq": lambda job: llmquant(job, "fast", "--solver", "hqq", convention="asym_float"),
     "gptqmodel": gptqmodel,
     "auto-round": auto_round,
     "llm-compressor-gptq": llm_compressor_gptq,

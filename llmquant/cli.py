@@ -98,7 +98,10 @@ def quantize(
             "scales and rounding end to end, for what memory and time allow."
         ),
     ] = "balanced",
-    clip: Annotated[str, typer.Option(help="Range rule: search, minmax, percentile, mse or kl.")] = "search",
+    solver: Annotated[str, typer.Option(help="Method by name instead: rtn, gptq, gptaq, hqq, kmeans.")] = "auto",
+    clip: Annotated[
+        str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -137,7 +140,7 @@ def quantize(
         raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
     granularity = f"g{group}" if group.isdecimal() else group
     spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
-    rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip)
+    rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip, solver=solver)
     preset = QUALITIES[quality]
     shown = None
     if preset.calibrated or calibration is not None:

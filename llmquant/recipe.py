@@ -37,7 +37,7 @@ class Rule:
     pattern: str
     format: str | None
     solver: str = "auto"  # gptq where there is calibration, else rtn
-    options: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # of the solver
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     @classmethod
-    def uniform(cls, spec: str, *, skip: tuple[str, ...] = (), clip: str = "search") -> Recipe:
-        """One format for everything but the modules that match `skip`."""
+    def uniform(cls, spec: str, *, skip: tuple[str, ...] = (), clip: str | None = None, solver: str = "auto") -> Recipe:
+        """One format for everything but the modules that match `skip`. clip None: the solver's own."""
         kept = tuple(Rule(pattern, None) for pattern in skip)
-        return cls((*kept, Rule("*", spec, options={} if clip == "search" else {"clip": clip})))
+        return cls((*kept, Rule("*", spec, solver, options={} if clip is None else {"clip": clip})))
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -82,15 +82,21 @@ class Recipe:
         return next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
 
     def check(self, names: list[str], calibrated: bool) -> None:
-        """Raises PlanError for unknown formats and solvers, and for rules that match none of the modules."""
-        from llmquant.solvers import CALIBRATED, SOLVERS
+        """Raises PlanError for unknown formats, solvers and options, for solvers that cannot do what a rule asks of
+        them, and for rules that match none of the modules.
+        """
+        from llmquant.solvers import CALIBRATED, REFUSALS, SOLVERS, wrong_option
 
         for rule in self.rules:
-            if rule.format is not None:
-                formats.get(rule.format)
+            fmt = None if rule.format is None else formats.get(rule.format)
             if rule.solver not in SOLVERS:
                 raise PlanError(f"solver {rule.solver!r} is unknown: known are {', '.join(SOLVERS)}")
             if rule.solver in CALIBRATED and not calibrated:
                 raise PlanError(f"solver {rule.solver!r} needs calibration: use --quality balanced, or solver rtn")
+            problem = wrong_option(SOLVERS[rule.solver], rule.options)
+            if problem is None and fmt is not None and rule.solver in REFUSALS:
+                problem = REFUSALS[rule.solver](fmt)
+            if problem is not None:
+                raise PlanError(f"solver {rule.solver!r} of rule {rule.pattern!r} {problem}")
             if not any(fnmatchcase(name, rule.pattern) for name in names):
                 raise PlanError(f"pattern {rule.pattern!r} matches no module that can be quantized, such as {names[0]}")

@@ -48,7 +48,7 @@ class Matrix:
 class Rates:
     """Adam's rates, per step: of shifts in units of levels, of the logarithms of scales, and of vectors."""
 
-    shift: float = 5e-3
+    shift: float = 1e-2
     stretch: float = 1e-3
     delta: float = 1e-3
 

@@ -159,8 +159,20 @@ class Format(ABC):
         """The values that codes stand for on the grid of a whole weight, for each row and group."""
 
     @abstractmethod
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
-        """The scales nearest to `scale` (out,) that a file can hold for this group of the grid of a whole weight."""
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
+        """The scales nearest to `scale` that a file can hold for this group, or these, of the grid of a whole weight.
+
+        scale: of the shape of `grid.scale[:, group]`. A scale that is bound to others stays as it is in the grid.
+        """
+
+    @abstractmethod
+    def moved(
+        self, grid: Grid, *, scale: Tensor | None = None, zero: Tensor | None = None, levels: Tensor | None = None
+    ) -> Grid:
+        """The grid of a whole weight with other scales, zeros or levels: the nearest to those that a file can hold.
+
+        What the format does not store, or cannot change by itself, stays as it is. Levels are ascending.
+        """
 
     @abstractmethod
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:

@@ -68,6 +68,10 @@ class FP8(Scalar):
             return plain, None
         return self._searched(x, importance, [(lambda factor: (self._store(plain * factor), None), FACTORS)], 4)
 
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
+        """As it is in a block, whose rows share one."""
+        return grid.scale[:, group] if self.granularity == "block" else super().storable(scale, grid, group)
+
     # ---- the file
 
     def _group(self, columns: int) -> int:

@@ -128,6 +128,16 @@ class Integer(Scalar):
         lattice = super().lattice(grid)
         return replace(lattice, zero=None, offset=grid.zero) if self.convention == "asym_float" else lattice
 
+    def moved(
+        self, grid: Grid, *, scale: Tensor | None = None, zero: Tensor | None = None, levels: Tensor | None = None
+    ) -> Grid:
+        grid = super().moved(grid, scale=scale)
+        if zero is not None and self.convention == "asym":
+            return replace(grid, zero=zero.round().clamp(0, self.element.highest))
+        if zero is not None and self.convention == "asym_float":
+            return replace(grid, zero=zero.to(self._stored_scale).float())
+        return grid
+
     # ---- fit
 
     def fit(self, w: Tensor, importance: Tensor | None = None, *, clip: str = "search", norm: float = 2.0) -> Grid:

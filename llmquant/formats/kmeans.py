@@ -105,8 +105,14 @@ class KMeans(Scalar):
         assert grid.levels is not None
         return replace(super().lattice(grid), levels=grid.levels)
 
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
         return super().storable(scale, grid, group) if self._grouped else grid.scale[:, group]
+
+    def moved(
+        self, grid: Grid, *, scale: Tensor | None = None, zero: Tensor | None = None, levels: Tensor | None = None
+    ) -> Grid:
+        grid = super().moved(grid, scale=scale)
+        return grid if levels is None else replace(grid, levels=self._stored_levels(levels))
 
     # ---- the file
 

@@ -99,7 +99,7 @@ class MicroExponent(Scalar):
         byte = shared.clamp(0, 254)
         return (byte << 23).view(torch.float32) * self._unit
 
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
         """As it is: a pair's scale is bound to those of its block."""
         return grid.scale[:, group]
 

@@ -88,7 +88,7 @@ class MX(Scalar):
             exponent = exponent + (fraction > 2 * top_fraction).int()
         return exponent - (top_exponent - 1)
 
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
         fraction, exponent = torch.frexp(scale.abs())  # the fraction is in [1/2, 1)
         return self._power(exponent - 1 + (fraction > 2**-0.5).int(), scale)
 

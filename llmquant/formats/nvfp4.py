@@ -76,7 +76,7 @@ class NVFP4(Scalar):
         codes = ((plain + step).clamp_(1, LARGEST_SCALE_CODE) for step in SEARCHED)
         return self._least(x, importance, (E4M3.levels(code) * outer for code in codes)), None
 
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
         assert grid.outer is not None
         outer = grid.outer.view(())
         return E4M3.levels(E4M3.codes(scale.abs() / outer).clamp_(min=1)) * outer

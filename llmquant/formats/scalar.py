@@ -207,8 +207,13 @@ class Scalar(Format):
         first = torch.nn.functional.pad(levels[1:] > levels[:-1], (1, 0), value=True)
         return Lattice(levels[first].view(1, -1), codes[first], grid.scale, grid.zero, None, grid.group)
 
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
         return self._store(scale)
+
+    def moved(
+        self, grid: Grid, *, scale: Tensor | None = None, zero: Tensor | None = None, levels: Tensor | None = None
+    ) -> Grid:
+        return grid if scale is None else replace(grid, scale=self.storable(scale, grid, slice(None)))
 
     # ---- the file
 

@@ -98,7 +98,7 @@ class DoubleQuantized(Levels):
         levels = dynamic_map().levels(codes.flatten()).double()
         return (levels * _of_scales(outer, codes.numel()) + outer[0].double()).float().view(codes.shape)
 
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
         """As it is: a scale of 8 bits is bound to those stored with it."""
         return grid.scale[:, group]
 

@@ -121,9 +121,9 @@ class VSQuant(Scalar):
         new = new.unsqueeze(1)
         return self._store(torch.where(torch.isfinite(new) & (new > 0), new, outer))
 
-    def storable(self, scale: Tensor, grid: Grid, group: int) -> Tensor:
+    def storable(self, scale: Tensor, grid: Grid, group: int | slice) -> Tensor:
         assert grid.outer is not None
-        outer = grid.outer.squeeze(1)
+        outer = grid.outer.expand_as(grid.scale)[:, group]
         return outer * (scale / outer).round().clamp(1, self._most)
 
     # ---- the file

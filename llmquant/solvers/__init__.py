@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from llmquant.solvers import gptq, rtn
-from llmquant.solvers.base import Solution, Solver, Step
+from collections.abc import Callable
 
-__all__ = ["CALIBRATED", "SOLVERS", "Solution", "Solver", "Step"]
+from llmquant.formats import Format
+from llmquant.solvers import gptaq, gptq, hqq, kmeans, rtn
+from llmquant.solvers.base import Solution, Solver, Step, wrong_option
 
-SOLVERS: dict[str, Solver] = {"rtn": rtn.solve, "gptq": gptq.solve}
-CALIBRATED = {"gptq"}  # those that cannot do without
+__all__ = ["CALIBRATED", "REFUSALS", "SOLVERS", "Solution", "Solver", "Step", "wrong_option"]
+
+SOLVERS: dict[str, Solver] = {
+    "rtn": rtn.solve,
+    "gptq": gptq.solve,
+    "gptaq": gptaq.solve,
+    "hqq": hqq.solve,
+    "kmeans": kmeans.solve,
+}
+CALIBRATED = {"gptq", "gptaq", "kmeans"}  # those that cannot do without
+# Why a format is none for the solver, if so; solvers that take every format are not named.
+REFUSALS: dict[str, Callable[[Format], str | None]] = {"hqq": hqq.refuses, "kmeans": kmeans.refuses}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -33,3 +36,18 @@ class Solution:
 
 # solve(w, stats, fmt, **options): w (out, in) float32; stats of the inputs it saw, or None without calibration.
 Solver = Callable[..., Solution]
+
+
+def wrong_option(solver: Callable[..., Any], options: dict[str, Any]) -> str | None:
+    """What is wrong with the options for a solver, if anything is: all are keyword-only and have a default."""
+    parameters = inspect.signature(solver).parameters.values()
+    known = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    for name, value in options.items():
+        if name not in known:
+            return f"has no option {name!r}: known are {', '.join(known)}"
+        wanted = type(known[name])
+        if not (type(value) is wanted or (wanted is float and type(value) is int)):
+            return f"takes a {wanted.__name__} as {name}, not {value!r}"
+        if wanted in (int, float) and not 0 <= value < math.inf:
+            return f"takes a finite {name} of at least 0, not {value!r}"
+    return None

@@ -61,7 +61,7 @@ def solve(
     """
     if stats is None:
         raise ValueError("gptq needs calibration")
-    ladder = _Ladder(w, stats.held)
+    ladder = Ladder(w, stats.held)
     importance = stats.importance()
     codes, grid = fmt.quantize(w, importance, clip=clip)
     ladder.offer("rounding", codes, grid, fmt)
@@ -82,11 +82,11 @@ def solve(
     rival = None
     if stats.curvature is not None and rounds:
         codes = two_sided(aim, places, grid, fmt, hessian, stats.curvature)
-        rival = _solution(w, codes, grid, fmt, stats)
-    return replace(_solution(w, ladder.codes, ladder.grid, fmt, stats), steps=tuple(ladder.steps), rival=rival)
+        rival = solution(w, codes, grid, fmt, stats)
+    return replace(solution(w, ladder.codes, ladder.grid, fmt, stats), steps=tuple(ladder.steps), rival=rival)
 
 
-def _solution(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) -> Solution:
+def solution(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) -> Solution:
     return Solution(codes, grid, stats.output_energy(fmt.decode(codes, grid).sub_(w)))
 
 
@@ -108,7 +108,7 @@ def two_sided(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tenso
     return codes
 
 
-class _Ladder:
+class Ladder:
     """The best solution so far, as judged on held-out tokens; without any the last one offered is the best."""
 
     codes: Tensor
