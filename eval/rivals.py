@@ -102,6 +102,14 @@ OTHER_FORMATS = {"mxfp4": (4, 32, True), "nvfp4": (4, 16, True)}  # name -> bits
 # ---- llmquant
 
 
+def spec(job: Job, convention: str = "sym_full") -> str:
+    """The format by its name here; convention: of symmetric integers, how levels lie about zero."""
+    if job.kind != "int":
+        return job.kind
+    tail = "asym" if not job.symmetric else "" if convention == "sym_full" else convention
+    return ":".join(filter(None, [f"int{job.bits}", f"g{job.group}", tail]))
+
+
 def llmquant(job: Job, quality: str, *options: str, convention: str = "sym_full") -> Weights:
     """The command line, in this process, on the given tokens in place of text."""
     from unittest import mock
@@ -109,20 +117,30 @@ def llmquant(job: Job, quality: str, *options: str, convention: str = "sym_full"
     from llmquant import hf, pipeline
     from llmquant.cli import app
 
-    tail = [convention] if job.symmetric and convention != "sym_full" else [] if job.symmetric else ["asym"]
-    spec = ":".join([f"int{job.bits}", f"g{job.group}", *tail]) if job.kind == "int" else job.kind
     skips = [part for name in job.skipped for part in ("--skip", name)]
     size = ["--samples", str(len(job.tokens)), "--length", str(job.tokens.shape[1]), "--batch", str(BATCH)]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized"
-        command = ["quantize", job.model, "--output", str(output), "--format", spec, "--quality", quality, "--json"]
+        command = [
+            "quantize",
+            job.model,
+            "--output",
+            str(output),
+            "--format",
+            spec(job, convention),
+            "--quality",
+            quality,
+            "--json",
+        ]
         command += [*size, "--seed", str(job.seed), "--device", "cpu", "--dtype", "float32"]
         given = mock.patch.object(pipeline, "_windows", return_value=torch.from_numpy(job.tokens))
         with given, job.timed():
             app([*command, *skips, *options], standalone_mode=False)
-        layers = hf.quantized_layers(hf.load(str(output), dtype=torch.float32))
+        loaded = hf.load(str(output), dtype=torch.float32)
         job.facts["bits_per_weight"] = json.loads((output / "llmquant.json").read_text())["bits_per_weight"]
-        return {f"{name}.weight": layer.dequantize(torch.float32).clone() for name, layer in layers.items()}
+        layers = hf.quantized_layers(loaded).items()
+        decoded = {f"{name}.weight": layer.dequantize(torch.float32).clone() for name, layer in layers}
+        return decoded | {name: value.data for name, value in loaded.named_parameters() if value.ndim == 1}
 
 
 def rtn(job: Job, clip: str) -> Weights:
@@ -136,8 +154,8 @@ def own(job: Job, solver: str, **options: Any) -> Weights:
 
     from llmquant import curvature
 
-    recipe = [*({"pattern": name, "format": None} for name in job.skipped)]
-    recipe.append({"pattern": "*", "format": job.spec, "solver": solver, "options": options})
+    recipe: list[dict[str, Any]] = [{"pattern": name, "format": None} for name in job.skipped]
+    recipe.append({"pattern": "*", "format": spec(job), "solver": solver, "options": options})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(curvature, "curvature", return_value={}):
         path = Path(folder) / "recipe.json"
         path.write_text(json.dumps(recipe))

@@ -149,7 +149,7 @@ def quantize(
     folder = output or Path(f"{Path(model).name}-{recipe.stem if recipe else spec.replace(':', '-')}")
     job = pipeline.Job(
         model,
-        rules,
+        rules.with_options(preset.options),
         shown,
         seed,
         device or _default_device(),

@@ -26,8 +26,9 @@ from llmquant.checkpoint import INDEX, MANIFEST, sha256
 from llmquant.errors import OutputError, VerificationError
 
 JOURNAL = "journal.jsonl"
-# Of a run under way, so that a resumed one sees the same: the tokens, and how the loss curves.
-CALIBRATION, CURVATURE = KEPT = ("calibration.safetensors", "curvature.safetensors")
+# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean.
+KEPT = "kept-"
+CALIBRATION, CURVATURE, LEAN = (f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}"))
 
 
 class OutputFolder:
@@ -82,11 +83,10 @@ class OutputFolder:
                 break  # noted, but not there as noted: from here on it is done again
             self.records[record["part"]] = record
         known = {JOURNAL, *(record["shard"] for record in self.records.values())}
-        if begun == self.settings:
-            known.update(KEPT)
         with _writing(self.partial):
             for path in self.partial.iterdir():
-                if path.name not in known:
+                kept = begun == self.settings and path.name.startswith(KEPT) and path.suffix == ".safetensors"
+                if path.name not in known and not kept:
                     path.unlink()
             self._journal.truncate(0)
             self._note(self.settings)
@@ -140,7 +140,7 @@ class OutputFolder:
         self.records[part] = record
 
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `make` returns; in a run that is taken up again, what it returned the first time. name: of KEPT."""
+        """What `make` returns; in a run that is taken up again, what it returned the first time. name: KEPT + ..."""
         kept = self.partial / name
         if kept.is_file():
             return load_file(kept)
@@ -171,8 +171,8 @@ class OutputFolder:
             for path in companions:
                 shutil.copyfile(path, self.partial / path.name)
                 _sync(self.partial / path.name)
-        for name in (*KEPT, *replaced):
-            (self.partial / name).unlink(missing_ok=True)
+        for path in (*self.partial.glob(f"{KEPT}*"), *(self.partial / name for name in replaced)):
+            path.unlink()
         hashes = {record["shard"]: {"bytes": record["bytes"], "sha256": record["sha256"]} for record in records}
         for path in sorted(self.partial.iterdir()):
             if path.name not in hashes and path.name not in (JOURNAL, MANIFEST):

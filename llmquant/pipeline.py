@@ -26,7 +26,7 @@ from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
 from llmquant.formats.base import all_finite
-from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
+from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
 from llmquant.solvers import CALIBRATED, SOLVERS, Solution
@@ -135,8 +135,9 @@ def quantize(
             if block in folder.records:
                 _restore(prepared, folder, block, swap)
             else:
-                name = shard(block + 1, blocks + 1)
-                _save_block(prepared, folder, block, name, _solve_block(prepared, block, streams, curves, swap, step))
+                results = _solve_block(prepared, block, streams, curves, swap, step)
+                _keep_lean(folder, block, results)
+                _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results)
             if streams is not None and (block + 1 < blocks or job.tuning):
                 streams.advance(block, swap)
             model.unload_block(block)
@@ -447,7 +448,7 @@ def _tune(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: 
         with _whole(model):
             tuned = tune.tune(
                 model,
-                [matrix for block in places for matrix in _matrices(prepared, folder, block)],
+                [matrix for block in places for matrix in _leaning(prepared, folder, block)],
                 {name: prepared.checkpoint.dtype(key) for name, key in vectors.items()},
                 windows,
                 torch.cat(streams.reference),
@@ -469,6 +470,14 @@ def _tune(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: 
                 ]
                 _save_block(prepared, folder, block, name, results, part=part, changed=changed, noted={"tuning": noted})
     return {"tuning": folder.records[parts[0]]["tuning"]}
+
+
+def _keep_lean(folder: OutputFolder, block: int, results: list[Result]) -> None:
+    """What solutions say beyond codes and grids, of which only the tuning of all blocks will know the use."""
+    lean = {result.row.target.name: result.solution.lean for result in results}
+    tensors = {name: tensor.cpu() for name, tensor in lean.items() if tensor is not None}
+    if tensors:
+        folder.kept(LEAN.format(block), lambda: tensors)
 
 
 @contextmanager
@@ -494,6 +503,14 @@ def _matrices(prepared: Prepared, folder: OutputFolder, block: int | None) -> li
         device = prepared.model.device
         found.append(tune.Matrix(row.target, row.format, codes.to(device), grid.to(device)))
     return found
+
+
+def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Iterator[tune.Matrix]:
+    """The quantized matrices of a block, with what their solutions said beyond that."""
+    kept = folder.partial / LEAN.format(block)
+    leans = load_file(kept, device=str(prepared.model.device)) if kept.is_file() else {}
+    for matrix in _matrices(prepared, folder, block):
+        yield replace(matrix, lean=leans.get(matrix.target.name))
 
 
 def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matrix) -> Result:

@@ -15,18 +15,19 @@ from llmquant.errors import PlanError
 @dataclass(frozen=True)
 class Quality:
     """A preset. calibrated: whether it needs calibration; curvature: of the calibration windows, the share that finds
-    out how the loss curves; tuning: steps of end-to-end tuning.
+    out how the loss curves; tuning: steps of end-to-end tuning; options: of the solver, where a rule names none.
     """
 
     calibrated: bool = False
     curvature: float = 0.0
     tuning: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 QUALITIES = {
     "fast": Quality(),
     "balanced": Quality(calibrated=True, curvature=0.25),
-    "best": Quality(calibrated=True, curvature=1.0, tuning=150),
+    "best": Quality(calibrated=True, curvature=1.0, tuning=150, options={"starts": 3, "lean": True}),
 }
 
 
@@ -71,6 +72,14 @@ class Recipe:
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(rule) for rule in self.rules]
+
+    def with_options(self, options: dict[str, Any]) -> Recipe:
+        """With these options where a rule leaves the solver open, and does not say otherwise itself."""
+
+        def changed(rule: Rule) -> Rule:
+            return replace(rule, options={**options, **rule.options}) if rule.solver == "auto" else rule
+
+        return Recipe(tuple(map(changed, self.rules)))
 
     def settled(self, calibrated: bool) -> Recipe:
         """With a solver's name in every rule."""

@@ -3,8 +3,8 @@
 What a solver does to one matrix is judged by its outputs, or those of its block. Here the loss is the one that counts,
 KL(original || quantized) over calibration tokens, and its gradient reaches
 
-shift    of every code, in units of its levels: the code is the level nearest to where it began plus the shift. The
-         gradient passes through the rounding as if it were not there (Y. Bengio et al., arXiv:1308.3432); to learn
+shift    of every code: the level is the one nearest to where it began plus the shift, in mean distances between levels.
+         The gradient passes through the rounding as if it were not there (Y. Bengio et al., arXiv:1308.3432); to learn
          rounding that way is SignRound's (W. Cheng et al., arXiv:2309.05516), there block by block.
 stretch  the logarithm of a factor of every scale, which is rounded to its stored type before it is used.
 delta    of every vector: weights of norms and biases, rounded to the type that the file has.
@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 
 from llmquant.blocks import StreamedModel
 from llmquant.formats import Format, Grid
+from llmquant.formats.base import gaps
 from llmquant.matrices import Target
 
 CHUNK_BYTES = 2**26  # of float32 logits that exist at once
@@ -35,7 +36,7 @@ JUDGED = 25  # steps from one look at the held-out tokens to the next
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized matrix. lean (out, in): how far from its level each weight would best be, in [-0.5, 0.5] levels."""
+    """A quantized matrix (out, in). lean (out, in): see solvers.Solution."""
 
     target: Target
     format: Format
@@ -228,16 +229,26 @@ class _Levels(_Trained):
         lattice = matrix.format.lattice(matrix.grid)
         self.lattice, self.group = lattice, lattice.group
         levels = lattice.levels.expand(len(matrix.codes), -1)
-        self.center = levels.gather(1, _places_of(matrix.codes, lattice.codes))
-        if matrix.lean is not None:
-            self.center += matrix.lean
+        places = _places_of(matrix.codes, lattice.codes)
+        self.unit = gaps(lattice.levels)
         self.middles = ((lattice.levels[:, 1:] + lattice.levels[:, :-1]) / 2).contiguous()
+        self.center = levels.gather(1, places)
+        if matrix.lean is not None:
+            self.center += self._within(matrix.lean.float() * self.unit, places)
         self.shift = nn.Parameter(torch.zeros_like(self.center))
         self.stretch = nn.Parameter(torch.zeros_like(matrix.grid.scale))
 
+    def _within(self, lean: Tensor, places: Tensor) -> Tensor:
+        """As much of the lean as leaves the level the nearest."""
+        levels = self.lattice.levels
+        half = (levels[:, 1:] - levels[:, :-1]) * (0.5 - 1e-3)
+        above, below = torch.cat([half, half[:, -1:]], 1), torch.cat([half[:, :1], half], 1)
+        above, below = (side.expand(len(lean), -1).gather(1, places) for side in (above, below))
+        return torch.minimum(torch.maximum(lean, -below), above)
+
     def places(self) -> Tensor:
         """Which levels are nearest (out, in)."""
-        wanted = self.center + self.shift
+        wanted = self.center + self.shift * self.unit
         if len(self.middles) == 1:
             return torch.bucketize(wanted, self.middles[0])
         return torch.searchsorted(self.middles, wanted)
@@ -254,7 +265,7 @@ class _Levels(_Trained):
             steps = self.lattice.levels.expand(len(places), -1).gather(1, places)
             if self.lattice.zero is not None:
                 steps -= self._wide(self.lattice.zero)
-        w = _Decode.apply(self.shift, self.stretch, steps, scale, self.group)
+        w = _Decode.apply(self.shift, self.stretch, steps, scale, self.unit, self.group)
         if self.lattice.offset is not None:
             w = w + self._wide(self.lattice.offset)
         return self.target.stored(w.to(self.dtype))
@@ -276,24 +287,26 @@ def _places_of(codes: Tensor, known: Tensor) -> Tensor:
 
 
 class _Decode(torch.autograd.Function):
-    """steps * scale, as if steps were `shift` plus a constant, and scale exp(`stretch`) times one."""
+    """steps * scale, as if steps were shift * unit plus a constant, and scale exp(stretch) times one."""
 
     @staticmethod
-    def forward(ctx: Any, shift: Tensor, stretch: Tensor, steps: Tensor, scale: Tensor, group: int) -> Tensor:
-        ctx.save_for_backward(steps, scale)
+    def forward(ctx: Any, shift: Tensor, stretch: Tensor, *constants: Any) -> Tensor:
+        steps, scale, unit, group = constants
+        ctx.save_for_backward(steps, scale, unit)
         ctx.group = group
         return steps * scale.repeat_interleave(group, dim=1)[:, : steps.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        steps, scale = ctx.saved_tensors
+        steps, scale, unit = ctx.saved_tensors
         (gradient,) = gradients
         columns, groups = steps.shape[1], scale.shape[1]
         of_scale = nn.functional.pad(gradient * steps, (0, groups * ctx.group - columns))
         of_scale = of_scale.unflatten(1, (groups, ctx.group)).sum(-1) * scale
         if len(scale) == 1:
             of_scale = of_scale.sum(0, keepdim=True)
-        return gradient * scale.repeat_interleave(ctx.group, dim=1)[:, :columns], of_scale, None, None, None
+        of_shift = gradient * scale.repeat_interleave(ctx.group, dim=1)[:, :columns] * unit
+        return of_shift, of_scale, None, None, None, None
 
 
 class _Moved(_Trained):

@@ -79,6 +79,19 @@ class Grid:
         pairs = zip(self._tensors().values(), other._tensors().values(), strict=True)
         return all(a is b if a is None or b is None else torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
+    def rows_of(self, other: Grid, chosen: Tensor) -> Grid | None:
+        """This grid with the rows chosen (out,) bool of the other; None where rows share what differs between them."""
+        mixed: dict[str, Any] = {}
+        for name, own in self._tensors().items():
+            theirs = other._tensors()[name]
+            if own is None or theirs is None or torch.equal(own, theirs):
+                mixed[name] = own
+            elif len(own) == len(chosen):
+                mixed[name] = torch.where(chosen.view(-1, *[1] * (own.dim() - 1)), theirs, own)
+            else:
+                return None
+        return replace(self, **mixed)
+
     def _tensors(self) -> dict[str, Tensor | None]:
         return {"scale": self.scale, "zero": self.zero, "outer": self.outer, "levels": self.levels}
 
@@ -119,6 +132,11 @@ class Lattice:
     zero: Tensor | None  # (1 or out, groups) float32
     offset: Tensor | None  # (1 or out, groups) float32
     group: int
+
+
+def gaps(levels: Tensor) -> Tensor:
+    """The mean distance between levels (1 or out, K) that follow each other, (1 or out, 1)."""
+    return (levels[:, -1:] - levels[:, :1]) / (levels.shape[1] - 1)
 
 
 class Format(ABC):

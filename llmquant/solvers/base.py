@@ -32,6 +32,8 @@ class Solution:
     steps: tuple[Step, ...] = ()
     # One that gives up some of the output error for what the loss feels less of: only the whole block can judge it.
     rival: Solution | None = None
+    # (out, in) float16: how far from its level each weight would best be, in mean distances between levels; if asked.
+    lean: Tensor | None = None
 
 
 # solve(w, stats, fmt, **options): w (out, in) float32; stats of the inputs it saw, or None without calibration.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import Format, Grid
-from llmquant.formats.base import Lattice
+from llmquant.formats.base import Lattice, gaps
 from llmquant.solvers import loops
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy
@@ -53,37 +53,83 @@ def solve(
     damp: float = 0.03,
     target: bool = True,
     rounds: int = 2,
+    starts: int = 1,
+    lean: bool = False,
 ) -> Solution:
     """w (out, in) float32. Raises what Format.fit raises, and ValueError without calibration.
 
     clip: the format's named rule for the range; damp: the fraction by which the Hessian's diagonal is raised;
-    target: aim at W* where held-out tokens agree; rounds: of refit and descent after the sweep.
+    target: aim at W* where held-out tokens agree; rounds: of refit and descent after the sweep; starts: grids that all
+    of this is done from, up to 3, of which every row keeps the best; lean: whether the solution says how far from its
+    level each weight would best be, for tuning to start from.
     """
     if stats is None:
         raise ValueError("gptq needs calibration")
     ladder = Ladder(w, stats.held)
     importance = stats.importance()
-    codes, grid = fmt.quantize(w, importance, clip=clip)
-    ladder.offer("rounding", codes, grid, fmt)
+    ladder.offer("rounding", *fmt.quantize(w, importance, clip=clip), fmt)
     hessian = damped(stats.hessian, damp)
     aim = aimed(w, stats) if target else w
-    grid = fmt.fit(aim, importance, clip=clip)
+    places, grid = _from_grid(aim, fmt.fit(aim, importance, clip=clip), fmt, hessian, rounds, ladder)
+    others = [(None, clip), (None, "minmax")][: starts - 1]
+    for weights, rule in others:
+        found = _from_grid(aim, fmt.fit(aim, weights, clip=rule), fmt, hessian, rounds, None)
+        places, grid = _best_rows(aim, hessian, fmt, (places, grid), found)
+    if others:
+        ladder.offer("starts", fmt.lattice(grid).codes[places.int()], grid, fmt)
+    best = replace(solution(w, ladder.codes, ladder.grid, fmt, stats), steps=tuple(ladder.steps))
+    if stats.curvature is not None and rounds:
+        codes = two_sided(aim, places, grid, fmt, hessian, stats.curvature)
+        best = replace(best, rival=solution(w, codes, grid, fmt, stats))
+    return _leaning(best, aim, fmt, hessian) if lean else best
+
+
+def _from_grid(
+    aim: Tensor, grid: Grid, fmt: Format, hessian: Tensor, rounds: int, ladder: Ladder | None
+) -> tuple[Tensor, Grid]:
+    """Sweep, refit and descend: places and grid. What each step finds is offered to the ladder, if there is one."""
+
+    def offer(name: str) -> None:
+        if ladder is not None:
+            ladder.offer(name, lattice.codes[places.int()], grid, fmt)
+
     lattice = fmt.lattice(grid)
     places = sweep(aim, hessian, lattice)
-    ladder.offer("sweep", lattice.codes[places.int()], grid, fmt)
+    offer("sweep")
     for round in range(rounds):
         grid = refit(aim, places, grid, fmt, hessian)
         lattice = fmt.lattice(grid)
         places, _ = loops.descend(aim, places, lattice, hessian)
-        ladder.offer(f"descent {round + 1}", lattice.codes[places.int()], grid, fmt)
+        offer(f"descent {round + 1}")
     if rounds:
         grid = refit(aim, places, grid, fmt, hessian)
-        ladder.offer("refit", lattice.codes[places.int()], grid, fmt)
-    rival = None
-    if stats.curvature is not None and rounds:
-        codes = two_sided(aim, places, grid, fmt, hessian, stats.curvature)
-        rival = solution(w, codes, grid, fmt, stats)
-    return replace(solution(w, ladder.codes, ladder.grid, fmt, stats), steps=tuple(ladder.steps), rival=rival)
+        offer("refit")
+    return places, grid
+
+
+def _best_rows(
+    aim: Tensor, hessian: Tensor, fmt: Format, one: tuple[Tensor, Grid], other: tuple[Tensor, Grid]
+) -> tuple[Tensor, Grid]:
+    """Of two solutions, places and grid, every row of the one that loses less; all rows where they share a scale."""
+    losses = []
+    for places, grid in (one, other):
+        missed = fmt.decode(fmt.lattice(grid).codes[places.int()], grid).sub_(aim)
+        losses.append(torch.linalg.vecdot(missed @ hessian, missed))
+    better = losses[1] < losses[0]
+    mixed = one[1].rows_of(other[1], better)
+    if mixed is None:
+        return other if losses[1].sum(dtype=torch.float64) < losses[0].sum(dtype=torch.float64) else one
+    return torch.where(better.unsqueeze(1), other[0], one[0]), mixed
+
+
+def _leaning(found: Solution, aim: Tensor, fmt: Format, hessian: Tensor) -> Solution:
+    """With what coordinate descent would move each weight by, all others as they are, if levels were everywhere."""
+    missed = fmt.decode(found.codes, found.grid).sub_(aim).neg_()
+    levels = fmt.lattice(found.grid).levels
+    gap = of_columns(found.grid.scale, aim.shape[1], found.grid.group) * gaps(levels)
+    lean = (missed @ hessian).div_(hessian.diagonal()).div_(gap).nan_to_num_(0.0).clamp_(-1, 1)
+    rival = found.rival and _leaning(found.rival, aim, fmt, hessian)
+    return replace(found, lean=lean.half(), rival=rival)
 
 
 def solution(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) -> Solution:
