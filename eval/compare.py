@@ -8,7 +8,8 @@ name. Linear layers inside the repeated blocks are quantized, the embedding and 
 dense float32 models of the decoded weights. TEXT is `pycode` (the standard library, as the bundled model knows it:
 calibration takes packages that it was trained on, evaluation those held out) or a file, whose first documents are for
 calibration and whose rest is for evaluation. For methods: `rtn` rounds over the whole range and `rtn-mse` over the one
-of least squared error, on the grid that GPTQ and compressed-tensors use; `llmquant-QUALITY` are this project's own.
+of least squared error, on the grid that GPTQ and compressed-tensors use; `llmquant-QUALITY` are this project's own, and
+`own-SOLVER` its code for a method by the paper, without what the presets add.
 
 The environments: `pip install torch` and then `auto-round`, `llmcompressor` or `hqq transformers accelerate`; GPTQModel
 with `--no-deps --no-build-isolation` after what its requirements.txt names, as it asks for a CUDA build otherwise.
@@ -48,6 +49,7 @@ METHODS = {
     "rtn": "llmquant",
     "rtn-mse": "llmquant",
     **{f"llmquant-{quality}": "llmquant" for quality in QUALITIES},
+    **{f"own-{solver}": "llmquant" for solver in ("gptq", "gptaq", "hqq")},
     "gptqmodel": "gptqmodel",
     "llm-compressor-gptq": "llm-compressor",
     "llm-compressor-awq": "llm-compressor",
