@@ -72,6 +72,7 @@ class StreamedModel:
     device, dtype: where loaded parts live, and the floating dtype they are cast to; dtype None keeps the dtype that
         the config names, else that of the first floating tensor stored.
     trust_remote_code: run the model code that the folder carries.
+    decoded: the folder holds a quantized model, and `checkpoint` gives its tensors as dense ones.
 
     Building one reads no weights and raises
         PlanError: the architecture is unknown, or is a causal language model without repeated blocks; or the checkpoint
@@ -86,10 +87,11 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        decoded: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        config = _read_config(checkpoint.folder, trust_remote_code)
+        config = _read_config(checkpoint.folder, trust_remote_code, decoded)
         self.causal = _is_causal(config)
         self.dtype = dtype or _stored_dtype(checkpoint, config)
         self.model = _skeleton(config, self.causal, self.dtype, trust_remote_code)
@@ -441,8 +443,8 @@ class _StandIn(nn.Module):
         return self._answer(hidden, ((), kwargs))
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of a causal language model that is not quantized yet."""
+def _read_config(folder: Path, trust_remote_code: bool, decoded: bool) -> PretrainedConfig:
+    """The config of a model that is not quantized yet, or whose tensors are decoded when they are read."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = stored.get("model_type")
@@ -456,7 +458,9 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the config class raises, the file is at fault
         raise CheckpointError(f"{folder}: config.json is no valid {name!r} config: {error}") from error
-    if (quantization := stored.get("quantization_config")) is not None:
+    if (quantization := stored.get("quantization_config")) is not None and decoded:
+        del config.quantization_config
+    elif quantization is not None:
         method = quantization.get("quant_method", "unknown method")
         raise PlanError(f"{folder} is quantized already ({method}); start from the original checkpoint")
     return config

@@ -121,6 +121,9 @@ def quantize(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the result with the original at the end.")
+    ] = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -169,7 +172,7 @@ def quantize(
     start = time.monotonic()
     try:
         with _progress_bar(as_json) as progress:
-            manifest = pipeline.quantize(prepared, folder, overwrite=overwrite, progress=progress)
+            manifest = pipeline.quantize(prepared, folder, overwrite=overwrite, verify=not no_verify, progress=progress)
     except KeyboardInterrupt:
         notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
         raise
@@ -220,7 +223,10 @@ def _print_plan(plan: Any, as_json: bool) -> None:
 
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
-    return {"output": str(folder), "seconds": round(seconds, 2), **facts}
+    summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
+    if "verification" in manifest:
+        summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
+    return summary
 
 
 def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: bool) -> None:
@@ -248,8 +254,21 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         highlight=False,
         soft_wrap=True,
     )
+    if found := summary.get("verification"):
+        out.print(f"{_verified(found)}, {found['seconds']:.1f} s", highlight=False, soft_wrap=True)
     if "evaluation" in summary:
         _print_divergence(summary["evaluation"])
+
+
+def _verified(found: dict[str, Any]) -> str:
+    """What a verification says of outputs and logits, in a line."""
+    if "unchecked" in found:
+        return f"verified: {found['unchecked']}"
+    return (
+        f"verified on {found['tokens']} tokens: KL {found['kl_mean']:.4f}, the same likeliest token for "
+        f"{found['top1_agreement']:.1%}; outputs of {found['worst_block']} off by {found['worst_error']:.4f} "
+        f"(bound {found['worst_bound']:.4f})"
+    )
 
 
 def _decisions(manifest: dict[str, Any]) -> str:
@@ -396,6 +415,71 @@ def inspect(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that quantize wrote.")],
+    reference: Annotated[str, typer.Option(help="The model it was made of.")],
+    text: Annotated[str | None, typer.Option(help="Text to show to both [random tokens].")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of it.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 128,
+    max_kl: Annotated[float, typer.Option(help="Nats a token, at most.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 [the reference's own].")] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compare FOLDER with the model it was made of, block by block; neither is in memory as a whole.
+
+    Hashes every file, then compares weights, outputs of blocks and, at the end, predictions. A difference that the
+    format does not explain, or a KL divergence above --max-kl, ends with exit code 7.
+    """
+    from llmquant import inspection, verification
+    from llmquant.blocks import StreamedModel
+    from llmquant.checkpoint import Checkpoint, locate
+
+    facts = inspection.manifest(folder)
+    original = StreamedModel(
+        Checkpoint(locate(reference)),
+        device=device or _default_device(),
+        dtype=_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+    )
+    if text is None:
+        shown = verification.random_windows(original, windows, length, seed)
+    else:
+        shown, _ = _evaluation_windows(reference, text, "documents", length, windows, trust_remote_code)
+    with _progress_bar(as_json) as progress:
+        if problems := inspection.verify(folder, progress):
+            raise VerificationError(f"{folder}: {problems[0]}: copy or quantize it again")
+        found = verification.verify(
+            folder,
+            original,
+            shown,
+            noted=verification.noted_errors(facts["tensors"]),
+            max_kl=max_kl,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    _print_verification(found, as_json)
+    found.check(folder, "quantize it again, or compare it with the model that it was made of")
+
+
+def _print_verification(found: Any, as_json: bool) -> None:
+    facts = {**found.to_json(), "problems": list(found.problems), "seconds": round(found.seconds, 2)}
+    if as_json:
+        print(json.dumps(facts))
+        return
+    headers = ("block", "matrices", "weights\noff by", "outputs\noff by", "\nat most", "with those\nbefore")
+    table = Table(*(Column(header, no_wrap=True) for header in headers), box=None)
+    for block in facts["blocks"]:
+        figures = [block[key] for key in ("weights", "error", "bound", "drift")]
+        shown = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
+        table.add_row(block["name"] or "outside", str(block["matrices"]), *shown)
+    out.print(table)
+    out.print(f"\n{_verified(facts)}, {found.seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 @app.command()

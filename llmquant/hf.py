@@ -26,6 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant import formats as registry
+from llmquant import inspection
+from llmquant.checkpoint import locate
 from llmquant.errors import CheckpointError, PlanError, VerificationError
 from llmquant.formats import Format, TensorSpec
 from llmquant.linear import QuantConv, QuantLinear, QuantModule
@@ -60,18 +62,7 @@ class LlmquantConfig(QuantizationConfigMixin):
 
     def modules(self) -> dict[str, Format]:
         """{name of a module: its format}."""
-        if not isinstance(self.formats, dict):
-            raise CheckpointError('config.json: quantization_config has no "formats", which lists the modules of each')
-        found: dict[str, Format] = {}
-        for spec, names in self.formats.items():
-            fmt = registry.get(spec)
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise CheckpointError(f'config.json: "formats" must give {spec} a list of module names')
-            for name in names:
-                if name in found:
-                    raise CheckpointError(f"config.json: {name} is listed twice, as {found[name].spec} and as {spec}")
-                found[name] = fmt
-        return found
+        return registry.listed_modules(self.formats)
 
     def to_dict(self) -> dict[str, Any]:
         known = {"quant_method": self.quant_method, "version": self.version, "formats": self.formats}
@@ -121,8 +112,10 @@ def register() -> None:
         register_quantizer(METHOD)(LlmquantQuantizer)
 
 
-def load(model: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) -> PreTrainedModel:
     """The quantized model in a folder, or of a hub id, in eval mode.
+
+    verify: first hash every file of the folder, and decode every matrix; a difference raises VerificationError.
 
     Its class is the one that config.json names. kwargs: as from_pretrained takes them, such as device_map and dtype.
     Raises CheckpointError where there is no llmquant model, VerificationError where the model is incomplete.
@@ -139,6 +132,8 @@ def load(model: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     if method != METHOD:
         found = f"its quant_method is {method}" if method else "it is not quantized"
         raise CheckpointError(f"{model}: {found}: load it with transformers, or quantize it with llmquant first")
+    if verify and (problems := inspection.verify(locate(str(model)))):
+        raise VerificationError(f"{model}: {problems[0]}: {REMEDY}")
     # Without offload_buffers a layer mapped to the CPU or the disk would keep its quantized weight on the GPU.
     kwargs = {"use_safetensors": True, "offload_buffers": True, **kwargs}
     named = None if "auto_map" in config else class_named(config.get("architectures"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -165,22 +165,39 @@ def divergence(
     vocabulary, batch, progress, errors: as for perplexity; where the two have logits of different widths, the narrower
     is taken as the vocabulary.
     """
-    size = _check_windows(windows, [reference, model], vocabulary)
-    per_token: list[Tensor] = []
-    window_sums: list[list[float]] = []
+    tally = Tally(_check_windows(windows, [reference, model], vocabulary))
     with evaluating(reference, model):
-        for rows in windows.split(batch or _batch_size(windows, size)):
+        for rows in windows.split(batch or _batch_size(windows, tally.vocabulary)):
             logits = zip(_logits(reference, rows), _logits(model, rows), strict=True)
             for targets, (before, after) in zip(rows[:, 1:], logits, strict=True):
-                where = f"window {len(per_token)}"
-                sides = [(f"{where}: the reference", before), (f"{where}: the model", after)]
-                compared = [_compare(p, q, y) for y, (p, q) in _pieces(targets, sides, size)]
-                columns = torch.cat(compared, dim=1)
-                per_token.append(columns[0].cpu())
-                window_sums.append(columns.double().sum(1).tolist())
+                tally.add(targets, before, after)
             if progress is not None:
-                progress(len(per_token), len(windows))
-    return _summary(torch.cat(per_token), torch.tensor(window_sums, dtype=torch.float64))
+                progress(len(tally.per_token), len(windows))
+    return tally.divergence()
+
+
+@dataclass
+class Tally:
+    """Of a comparison under way, one window after another. vocabulary: columns of the logits that count."""
+
+    vocabulary: int
+    per_token: list[Tensor] = field(default_factory=list)  # a window's divergences
+    window_sums: list[list[float]] = field(default_factory=list)
+
+    def add(self, targets: Tensor, reference: Tensor, model: Tensor) -> None:
+        """One window: its predicted tokens (length - 1,) and the logits (length - 1, vocabulary or more) of both.
+
+        All windows have one length. Raises VerificationError naming the window if logits are not finite.
+        """
+        where = f"window {len(self.per_token)}"
+        sides = [(f"{where}: the reference", reference), (f"{where}: the model", model)]
+        compared = [_compare(p, q, y) for y, (p, q) in _pieces(targets, sides, self.vocabulary)]
+        columns = torch.cat(compared, dim=1)
+        self.per_token.append(columns[0].cpu())
+        self.window_sums.append(columns.double().sum(1).tolist())
+
+    def divergence(self) -> Divergence:
+        return _summary(torch.cat(self.per_token), torch.tensor(self.window_sums, dtype=torch.float64))
 
 
 def _compare(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> Tensor:
@@ -326,7 +343,7 @@ def stored_size(folder: Path) -> StoredSize:
     """
     checkpoint = Checkpoint(folder)
     config = checkpoint.config()
-    modules = _quantized_modules(config, folder)
+    modules = quantized_modules(config, folder)
     groups: dict[str, list[str]] = {module: [] for module in modules}
     dense: list[str] = []
     for name in checkpoint.names():
@@ -347,15 +364,18 @@ def stored_size(folder: Path) -> StoredSize:
     )
 
 
-def _quantized_modules(config: dict[str, Any], folder: Path) -> dict[str, Format]:
-    """Module -> its format."""
+def quantized_modules(config: dict[str, Any], folder: Path) -> dict[str, Format]:
+    """Module -> its format, as a folder's config.json says; none for a dense folder.
+
+    Raises CheckpointError where something else quantized it, or the entry is malformed.
+    """
     quantization = config.get("quantization_config")
     if quantization is None:
         return {}
-    if quantization.get("quant_method") != "llmquant":
-        method = quantization.get("quant_method", "an unknown method")
-        raise CheckpointError(f"{folder}: quantized by {method}; sizes are known of dense folders and llmquant's own")
-    return {module: formats.get(spec) for spec, modules in quantization["formats"].items() for module in modules}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != "llmquant":
+        raise CheckpointError(f"{folder}: quantized by {method}; only dense folders and llmquant's own are known here")
+    return formats.listed_modules(quantization.get("formats"))
 
 
 def _weights_of(module: str, fmt: Format, names: list[str], checkpoint: Checkpoint) -> int:

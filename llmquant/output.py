@@ -158,12 +158,9 @@ class OutputFolder:
             _sync(temporary)
             temporary.rename(self.partial / name)
 
-    def finish(self, config: dict[str, Any], companions: list[Path], manifest: dict[str, Any]) -> None:
-        """Index, config, companions and, last, the manifest with every file's SHA-256; then the final name."""
-        records = [self.records[part] for part in sorted(self.records)]
-        weight_map = {name: record["shard"] for record in records for name in record["tensors"]}  # the last one counts
-        replaced = [record["shard"] for record in records if record["shard"] not in weight_map.values()]
-        records = [record for record in records if record["shard"] not in replaced]
+    def assemble(self, config: dict[str, Any], companions: list[Path]) -> None:
+        """Index, config and companions: what is under way can then be read as a model."""
+        weight_map, records, _ = self._final()
         total = sum(record["bytes"] for record in records)
         self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         self.write_json("config.json", config)
@@ -171,8 +168,19 @@ class OutputFolder:
             for path in companions:
                 shutil.copyfile(path, self.partial / path.name)
                 _sync(self.partial / path.name)
+
+    def _final(self) -> tuple[dict[str, str], list[dict[str, Any]], list[str]]:
+        """{tensor: its shard}, the records of those shards, and the shards of which nothing is left in the result."""
+        records = [self.records[part] for part in sorted(self.records)]
+        weight_map = {name: record["shard"] for record in records for name in record["tensors"]}  # the last one counts
+        replaced = [record["shard"] for record in records if record["shard"] not in weight_map.values()]
+        return weight_map, [record for record in records if record["shard"] not in replaced], replaced
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Last, the manifest with every file's SHA-256; then the final name."""
+        _, records, replaced = self._final()
         for path in (*self.partial.glob(f"{KEPT}*"), *(self.partial / name for name in replaced)):
-            path.unlink()
+            path.unlink(missing_ok=True)
         hashes = {record["shard"]: {"bytes": record["bytes"], "sha256": record["sha256"]} for record in records}
         for path in sorted(self.partial.iterdir()):
             if path.name not in hashes and path.name not in (JOURNAL, MANIFEST):

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmquant import text, tune
+from llmquant import text, tune, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
@@ -31,6 +31,7 @@ from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
 from llmquant.solvers import CALIBRATED, SOLVERS, Solution
 from llmquant.stats import Stats, energy
+from llmquant.verification import Verification
 from llmquant.version import __version__
 
 # progress(what is being done, units done, units in all)
@@ -114,9 +115,12 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
 
 @torch.no_grad()
 def quantize(
-    prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress = silent
+    prepared: Prepared, output: Path, *, overwrite: bool = False, verify: bool = True, progress: Progress = silent
 ) -> dict[str, Any]:
     """Carry out the plan, or what is left of it from a run that was cut. Returns the manifest.
+
+    verify: read the result back and compare it with the original (see verification.py) before it gets its name. Raises
+    VerificationError where they are further apart than the format explains.
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
     """
@@ -145,9 +149,14 @@ def quantize(
             _save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), _solve_outside(prepared))
         tuning = _tune(prepared, folder, streams, progress) if streams is not None and job.tuning else {}
         progress("finish", plan.weights, plan.weights)
+        folder.assemble(_config(prepared), prepared.checkpoint.companions())
         manifest = {**_manifest(prepared, folder), **tuning}
-        folder.finish(_config(prepared), prepared.checkpoint.companions(), manifest)
-    return manifest
+        if not verify:
+            folder.finish(manifest)
+            return manifest
+        found = _verify(prepared, folder, manifest, progress)
+        folder.finish(manifest | {"verification": found.to_json()})
+    return manifest | {"verification": found.to_json() | {"seconds": found.seconds}}
 
 
 def _progress_within(progress: Progress, what: str, before: int, total: int, done: int) -> None:
@@ -525,6 +534,25 @@ def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matr
 
 
 # ---- the end
+
+
+def _verify(
+    prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress
+) -> Verification:
+    """On a few held-out windows, or on random tokens where there is no text."""
+    windows = verification.random_windows(prepared.model, seed=prepared.job.seed)
+    if prepared.job.calibration is not None:
+        windows = load_file(folder.partial / CALIBRATION)["tokens"][-verification.WINDOWS :, : verification.LENGTH]
+    found = verification.verify(
+        folder.partial,
+        prepared.model,
+        windows,
+        manifest=manifest,
+        trust_remote_code=prepared.job.trust_remote_code,
+        progress=progress,
+    )
+    found.check(folder.partial, "it keeps this name: please report it, or repeat the command with --no-verify")
+    return found
 
 
 def _config(prepared: Prepared) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
-from llmquant.errors import PlanError
+from llmquant.errors import CheckpointError, PlanError
 from llmquant.formats import (
     binary,
     floating,
@@ -23,7 +24,7 @@ from llmquant.formats import (
 )
 from llmquant.formats.base import Format, Grid, TensorSpec
 
-__all__ = ["FAMILIES", "Format", "Grid", "TensorSpec", "get"]
+__all__ = ["FAMILIES", "Format", "Grid", "TensorSpec", "get", "listed_modules"]
 
 # Pattern of the name before the first colon -> parser of (name, options).
 FAMILIES: dict[str, Callable[[str, list[str]], Format]] = {
@@ -51,3 +52,22 @@ def get(spec: str) -> Format:
         if re.fullmatch(pattern, name):
             return parse(name, options)
     raise PlanError(f"format {spec!r} is unknown: known are {', '.join(FAMILIES)} (see `llmquant formats`)")
+
+
+def listed_modules(listed: Any) -> dict[str, Format]:
+    """{name of a module: its format}, of the "formats" {spec: names of modules} in a folder's config.json.
+
+    Raises CheckpointError where it is malformed, PlanError for a format that is not known.
+    """
+    if not isinstance(listed, dict):
+        raise CheckpointError('config.json: quantization_config has no "formats", which lists the modules of each')
+    found: dict[str, Format] = {}
+    for spec, names in listed.items():
+        fmt = get(spec)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f'config.json: "formats" must give {spec} a list of module names')
+        for name in names:
+            if name in found:
+                raise CheckpointError(f"config.json: {name} is listed twice, as {found[name].spec} and as {spec}")
+            found[name] = fmt
+    return found

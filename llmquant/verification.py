@@ -1,0 +1,342 @@
+"""A quantized folder beside the model it was made of: both are read from disk, block by block, never whole.
+
+What is compared, from the least assumed to the most wanted:
+
+weights   every quantized matrix is decoded from the folder's bytes and compared with the original: its error must be
+          the one that was noted when it was solved, so that whatever was written, named or mapped wrongly shows. Every
+          other tensor must have the original's very bytes.
+outputs   every block is run on what the original model hands it. Of what it adds to that, it may miss FACTOR times the
+          root mean square of its weights' errors, but in no format more than WORST; and, of all it puts out, two units
+          in the last place.
+logits    the original and the quantized hidden states go through to the end: KL(original || quantized), which
+          `max_kl` may bound.
+
+Outputs and logits are those of causal language models, whose blocks run one by one. Nothing of the solvers is used.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.blocks import Call, StreamedModel
+from llmquant.checkpoint import Checkpoint
+from llmquant.errors import PlanError, VerificationError
+from llmquant.formats import Format
+from llmquant.matrices import Target
+from llmquant.metrics import Divergence, Tally, quantized_modules
+from llmquant.stats import energy
+from llmquant.text import window_length
+
+# Of sound models, random and trained, in formats of 1 to 9 bits, none needed more than 2.8.
+FACTOR = 6.0
+WORST = 1.0  # as far off as a block that does nothing
+NOTED = 0.01  # by which part the error of a matrix may differ from the one noted: sums of float32
+WINDOWS, LENGTH = 2, 64  # of the check that ends every run
+MAX_KL = 1.0  # nats a token: beyond this a model has lost what it knew
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """name "": all that lies outside the blocks.
+
+    weights: root mean square over its quantized matrices of |decoded - original| / |original|.
+    error: of the block alone, on the original's hidden states, |outputs - original outputs| / |original outputs|;
+    bound: what it may be at most. drift: the same ratio behind this block, with all blocks before it quantized too.
+    """
+
+    name: str
+    matrices: int
+    weights: float
+    error: float | None = None
+    bound: float | None = None
+    drift: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. problems: one line each; none: the folder holds what it should.
+
+    unchecked: why no outputs were compared, if so. tokens: that were shown to both.
+    """
+
+    blocks: tuple[Block, ...]
+    problems: tuple[str, ...]
+    divergence: Divergence | None
+    tokens: int
+    unchecked: str | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the time it took, which differs from run to run."""
+        worst = max(self.blocks, key=lambda block: (block.error or 0.0) / (block.bound or math.inf))
+        found: dict[str, Any] = {"tokens": self.tokens, "blocks": [asdict(block) for block in self.blocks]}
+        if self.divergence is not None:
+            found |= {"kl_mean": self.divergence.mean, "top1_agreement": self.divergence.top1_agreement}
+            found |= {"worst_block": worst.name, "worst_error": worst.error, "worst_bound": worst.bound}
+        return found | ({"unchecked": self.unchecked} if self.unchecked else {})
+
+    def check(self, folder: Path, remedy: str) -> None:
+        """Raises VerificationError with the first problem, if there is any."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more problems)" if len(self.problems) > 1 else ""
+            raise VerificationError(f"{folder}: {self.problems[0]}{more}: {remedy}")
+
+
+class Decoded:
+    """A quantized folder as the dense checkpoint that it stands for; matrices are decoded when they are asked for.
+
+    reference: the model it was made of, which knows what every module holds. Raises VerificationError where the folder
+    lists a matrix that the reference lacks, or does not hold what its format needs.
+    """
+
+    def __init__(self, folder: Path, reference: StreamedModel) -> None:
+        self.folder = folder
+        self._reference = reference
+        self._stored = Checkpoint(folder)
+        self.matrices: dict[str, tuple[Format, Target]] = {}  # by the checkpoint's name of the dense weight
+        parts = [*range(len(reference.block_names)), None]
+        targets = {name: target for part in parts for name, target in reference.targets(part).items()}
+        for name, fmt in quantized_modules(self._stored.config(), folder).items():
+            key = reference.source_key(f"{name}.weight")
+            if name not in targets or key is None:
+                raise VerificationError(f"{folder}: {name} is quantized, but the reference has no such matrix")
+            self.matrices[key] = fmt, targets[name]
+        if not self.matrices:
+            raise VerificationError(f"{folder}: holds no quantized matrix of llmquant's")
+        pieces = {piece for key in self.matrices for piece in self._pieces(key)}
+        self._dense = [name for name in self._stored.names() if name not in pieces]
+        self._check_layouts()
+
+    def _pieces(self, key: str) -> dict[str, str]:
+        """The folder's name of each stored part of a matrix -> its suffix."""
+        fmt, target = self.matrices[key]
+        return {key.removesuffix("weight") + suffix: suffix for suffix in fmt.layout(target.shape)}
+
+    def _check_layouts(self) -> None:
+        known = set(self._stored.names())
+        for key, (fmt, target) in self.matrices.items():
+            layout = fmt.layout(target.shape)
+            for piece, suffix in self._pieces(key).items():
+                if piece not in known:
+                    raise VerificationError(f"{self.folder}: {piece} is missing")
+                found = self._stored.shape(piece), self._stored.dtype(piece)
+                if found != (layout[suffix].shape, layout[suffix].dtype):
+                    raise VerificationError(f"{self.folder}: {piece} is {found}, should be {layout[suffix]}")
+
+    def names(self) -> list[str]:
+        return [*self._dense, *self.matrices]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._reference.checkpoint.shape(name) if name in self.matrices else self._stored.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._reference.dtype if name in self.matrices else self._stored.dtype(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Float32 where it was quantized, as it is stored where not."""
+        if name not in self.matrices:
+            return self._stored.tensors([name])[name]
+        fmt, target = self.matrices[name]
+        pieces = self._pieces(name)
+        named = {pieces[piece]: tensor for piece, tensor in self._stored.tensors(list(pieces)).items()}
+        return target.stored(fmt.decode(*fmt.unpack(named, target.shape)))
+
+    @contextmanager
+    def slices(self, names: list[str]) -> Iterator[Mapping[str, Any]]:
+        yield {name: self.tensor(name).to(self.dtype(name)) for name in names}
+
+
+@torch.no_grad()
+def verify(
+    folder: Path,
+    reference: StreamedModel,
+    windows: Tensor,
+    *,
+    noted: dict[str, float],
+    max_kl: float | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Verification:
+    """Compare a folder with the model it was made of, of which nothing needs to be loaded.
+
+    windows (n, length) int64: what is shown to both. noted: {module: error of its weight} as the run wrote them down.
+    Raises CheckpointError and VerificationError where the folder is not one, or not of this model.
+    """
+    start = time.monotonic()
+    decoded = Decoded(folder, reference)
+    twin = StreamedModel(
+        decoded,
+        device=reference.device,
+        dtype=reference.dtype,
+        trust_remote_code=trust_remote_code,
+        decoded=True,
+    )
+    problems: list[str] = []
+    blocks: list[Block] = []
+    pair, unchecked = _begin(reference, twin, windows)
+    steps = len(reference.block_names) + 1
+    for index, name in enumerate(reference.block_names):
+        progress("verify", index, steps)
+        block = _weights(name, reference.block_keys(index), decoded, reference, noted, problems)
+        if pair is not None:
+            block = pair.through(index, block)
+            if not block.error <= block.bound:  # type: ignore[operator]  # both are there; a NaN is a problem, too
+                problems.append(
+                    f"{name}: its outputs are off by {block.error:.4f}, and its weights, off by {block.weights:.4f}, "
+                    f"explain no more than {block.bound:.4f}"
+                )
+        blocks.append(block)
+    progress("verify", steps - 1, steps)
+    blocks.append(_weights("", reference.outside_keys(), decoded, reference, noted, problems))
+    found = None
+    if pair is not None:
+        found = pair.divergence(windows)
+        if max_kl is not None and not found.mean <= max_kl:
+            problems.append(f"KL divergence {found.mean:.4f} nats a token, the bound is {max_kl:g}")
+    tokens = 0 if found is None else windows.numel()
+    progress("verify", steps, steps)
+    return Verification(tuple(blocks), tuple(problems), found, tokens, unchecked, time.monotonic() - start)
+
+
+def noted_errors(tensors: list[dict[str, Any]]) -> dict[str, float]:
+    """{module: error of its weight}, of the "tensors" of a manifest."""
+    return {tensor["name"]: tensor["error"] for tensor in tensors}
+
+
+def random_windows(model: StreamedModel, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0) -> Tensor:
+    """Tokens (windows, length) to show where there is no text: any input tells a broken block from a sound one.
+
+    No more than the model takes at once; none for a model that reads no text.
+    """
+    if not model.causal:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    length = min(length, window_length(model.config))
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- weights
+
+
+def _weights(
+    name: str,
+    keys: list[str],
+    decoded: Decoded,
+    reference: StreamedModel,
+    noted: dict[str, float],
+    problems: list[str],
+) -> Block:
+    """Compare the tensors of a block, one at a time."""
+    known = set(decoded.names())
+    errors = []
+    for key in keys:
+        if key not in known:
+            problems.append(f"{key}: missing")
+            continue
+        with reference.checkpoint.slices([key]) as stored:
+            original = stored[key][...]
+        found = decoded.tensor(key)
+        if key not in decoded.matrices:
+            if not _same_bytes(original, found):
+                problems.append(f"{key}: is not quantized, but differs from the original")
+            continue
+        error = _ratio(energy(found.sub_(original).flatten(1)), _energy(original))
+        module = decoded.matrices[key][1].name
+        if not abs(error - noted.get(module, error)) <= NOTED * error + 1e-6:
+            problems.append(f"{key}: its error is {error:.4f}, and was {noted[module]:.4f} when it was solved")
+        errors.append(error)
+    return Block(name, len(errors), math.sqrt(sum(e * e for e in errors) / max(1, len(errors))))
+
+
+def _energy(w: Tensor) -> float:
+    """Without a copy of all of it in float32."""
+    return sum(energy(rows.float()) for rows in w.flatten(1).split(1024))
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return not a.numel() or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def _ratio(error: float, signal: float) -> float:
+    return 0.0 if error == 0 else math.sqrt(error / signal) if signal else math.inf
+
+
+# ---- outputs
+
+
+@dataclass
+class _Pair:
+    """The hidden states of both models between two blocks, and how blocks are called."""
+
+    reference: StreamedModel
+    twin: StreamedModel
+    original: Tensor
+    quantized: Tensor
+    calls: tuple[list[Call], list[Call]]
+
+    def through(self, index: int, block: Block) -> Block:
+        """Both go through a block, and the original's hidden states through the quantized block as well."""
+        before = self.original
+        self.reference.load_block(index)
+        after = self.reference.run_block(index, before, self.calls[0][index])
+        self.reference.unload_block(index)
+        self.twin.load_block(index)
+        alone = self.twin.run_block(index, before, self.calls[1][index])
+        self.quantized = self.twin.run_block(index, self.quantized, self.calls[1][index])
+        self.twin.unload_block(index)
+        self.original = after
+        size = _norm(after)
+        last_place = 2 * torch.finfo(after.dtype).eps
+        return replace(
+            block,
+            error=_norm(alone.float() - after.float()) / size,
+            bound=min(WORST, FACTOR * block.weights) * _norm(after.float() - before.float()) / size + last_place,
+            drift=_norm(self.quantized.float() - after.float()) / size,
+        )
+
+    def divergence(self, windows: Tensor) -> Divergence:
+        vocabulary = self.reference.config.get_text_config().vocab_size
+        tally = Tally(vocabulary)
+        sides = ((self.reference, self.original), (self.twin, self.quantized))
+        for model, _ in sides:
+            model.load_outside()
+        for row, *hidden in zip(windows.split(1), *(states.split(1) for _, states in sides), strict=True):
+            logits = [model.logits(row, states)[0, :-1] for (model, _), states in zip(sides, hidden, strict=True)]
+            tally.add(row[0, 1:].to(self.reference.device), *logits)
+        for model, _ in sides:
+            model.unload_outside()
+        return tally.divergence()
+
+
+def _begin(reference: StreamedModel, twin: StreamedModel, windows: Tensor) -> tuple[_Pair | None, str | None]:
+    """Both models' embeddings of the windows; or why their blocks cannot run one by one."""
+    if not reference.causal:
+        return None, f"{type(reference.model).__name__} is no causal language model: only its weights were compared"
+    entered = []
+    for model in (reference, twin):
+        model.load_outside()
+        try:
+            entered.append(model.embed(windows))
+        except PlanError as error:
+            return None, f"only weights were compared: {error}"
+        finally:
+            model.unload_outside()
+    (original, calls), (quantized, own_calls) = entered
+    return _Pair(reference, twin, original, quantized, (calls, own_calls)), None
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float32))
