@@ -13,7 +13,7 @@ and merging that `from_pretrained` does is done here too, and that a model trans
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -37,6 +37,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.logging import set_tqdm_hook
 
+from llmquant.checkpoint import check_config, read_json
 from llmquant.errors import CheckpointError, PlanError
 from llmquant.matrices import Target, all_blocks, class_named, decoder_blocks, target_of
 
@@ -91,7 +92,7 @@ class StreamedModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        config = _read_config(checkpoint.folder, trust_remote_code, decoded)
+        config = _read_config(checkpoint, trust_remote_code, decoded)
         self.causal = _is_causal(config)
         self.dtype = dtype or _stored_dtype(checkpoint, config)
         self.model = _skeleton(config, self.causal, self.dtype, trust_remote_code)
@@ -443,13 +444,12 @@ class _StandIn(nn.Module):
         return self._answer(hidden, ((), kwargs))
 
 
-def _read_config(folder: Path, trust_remote_code: bool, decoded: bool) -> PretrainedConfig:
+def _read_config(checkpoint: TensorSource, trust_remote_code: bool, decoded: bool) -> PretrainedConfig:
     """The config of a model that is not quantized yet, or whose tensors are decoded when they are read."""
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name = stored.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: config.json cannot be read: {error}") from error
+    folder = checkpoint.folder
+    stored = read_json(folder / "config.json")
+    check_config(stored, folder, [math.prod(checkpoint.shape(name)) for name in checkpoint.names()])
+    name = stored.get("model_type")
     own_code = "auto_map" in stored
     if name not in CONFIG_MAPPING and not (own_code and trust_remote_code):
         advice = "it brings its own code: allow remote code if you trust it" if own_code else "upgrade transformers"
@@ -461,7 +461,7 @@ def _read_config(folder: Path, trust_remote_code: bool, decoded: bool) -> Pretra
     if (quantization := stored.get("quantization_config")) is not None and decoded:
         del config.quantization_config
     elif quantization is not None:
-        method = quantization.get("quant_method", "unknown method")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise PlanError(f"{folder} is quantized already ({method}); start from the original checkpoint")
     return config
 
@@ -494,7 +494,7 @@ def _skeleton(config: PretrainedConfig, causal: bool, dtype: torch.dtype, trust_
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             else:
                 model = named._from_config(config, dtype=dtype)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # of a config that its class takes and the model does not
         kind = "causal language model" if causal or named is None else named.__name__
         raise PlanError(f"no {kind} can be built for {config.model_type!r}: {error}") from error
     return model.eval()
@@ -502,8 +502,12 @@ def _skeleton(config: PretrainedConfig, causal: bool, dtype: torch.dtype, trust_
 
 def _stored_dtype(checkpoint: TensorSource, config: PretrainedConfig) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or getattr(_text_config(config), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CheckpointError(f"{checkpoint.folder}: config.json: {dtype} is no type that a model computes in")
     if dtype is not None:
-        return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        return dtype
     for name in checkpoint.names():
         if checkpoint.dtype(name).is_floating_point:
             return checkpoint.dtype(name)

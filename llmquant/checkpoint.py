@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LARGEST_JSON = 2**28  # bytes: the index of a model of a million tensors is half as large
+# Keys of a config: what has to do with the shape of a tensor, and how many modules there are.
+SIZES = re.compile(r"(size|dim|dims|heads|width|positions?|position_embeddings|ctx|channels|rank|inner|experts)$")
+COUNTS = re.compile(r"(layers?|blocks|depths?|experts)$")
 COMPANIONS = (".json", ".txt", ".model", ".jinja")  # tokenizer, generation settings, chat template
 
 
@@ -72,10 +77,13 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, str]:
         index = self.folder / INDEX
         if index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-                raise CheckpointError(f"{index}: not an index of shards: it has no readable weight_map") from None
+            found = read_json(index).get("weight_map")
+            if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+                raise CheckpointError(f"{index}: not an index of shards: it has no readable weight_map")
+            for file in set(found.values()):
+                if not is_plain_name(file):
+                    raise CheckpointError(f"{index}: {file!r} is no name of a file in this folder")
+            return found
         if (self.folder / SINGLE).is_file():
             with self._open(SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
@@ -129,10 +137,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """config.json as a dictionary."""
-        try:
-            return dict(json.loads((self.folder / "config.json").read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: not JSON: {error}") from None
+        return read_json(self.folder / "config.json")
 
     @contextmanager
     def slices(self, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -165,6 +170,60 @@ class Checkpoint:
         """Shard -> [bytes, time of change in ns]: a resumed run must find the checkpoint that it began with."""
         stats = {file: (self.folder / file).stat() for file in self.files()}
         return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError where there is none, whatever else there is."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes of JSON: no file of a model is as large")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON: byte {error.start} is no UTF-8") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    except ValueError as error:  # a number of thousands of digits; LlmquantError is one, too
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds {type(found).__name__}, not a JSON object")
+    return found
+
+
+def check_config(config: Any, folder: Path, sizes: list[int]) -> None:
+    """Refuse a config that asks for what its checkpoint does not hold, or for code; sizes: elements of every tensor.
+
+    A model is built from its config before any tensor is looked at: layers by the million would take hours, buffers of
+    a forged width all memory, and an attention implementation may be the name of a repository with code to run.
+    Raises CheckpointError.
+    """
+    most = {SIZES: max([2**24, *sizes]), COUNTS: max(2**10, len(sizes))}
+    for key, value in _entries(config):
+        if key.endswith("_implementation") and "/" in str(value):
+            raise CheckpointError(f"{folder}: config.json: {key} {value!r} is code from elsewhere, which is not run")
+        for pattern, limit in most.items():
+            if pattern.search(key) and isinstance(value, int | float) and value > limit:
+                raise CheckpointError(
+                    f"{folder}: config.json: {key} is {value}, and the checkpoint holds no such model"
+                )
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise CheckpointError(f"{folder}: config.json: architectures is no list of names")
+
+
+def _entries(nest: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all that is in dictionaries and lists; what is in a list has the key of the list."""
+    if isinstance(nest, dict | list):
+        for inner_key, value in nest.items() if isinstance(nest, dict) else ((key, value) for value in nest):
+            yield from _entries(value, inner_key)
+    else:
+        yield key, nest
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file in a folder, and nothing beside or below it."""
+    return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def sha256(path: Path) -> str:

@@ -14,8 +14,10 @@ would go on with random numbers.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +29,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant import formats as registry
 from llmquant import inspection
-from llmquant.checkpoint import locate
-from llmquant.errors import CheckpointError, PlanError, VerificationError
+from llmquant.checkpoint import DTYPES, Checkpoint, check_config, locate
+from llmquant.errors import CheckpointError, LlmquantError, PlanError, VerificationError
 from llmquant.formats import Format, TensorSpec
 from llmquant.linear import QuantConv, QuantLinear, QuantModule
 from llmquant.matrices import CONVOLUTIONS, class_named, target_of
@@ -113,31 +115,42 @@ def register() -> None:
 
 
 def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """The quantized model in a folder, or of a hub id, in eval mode.
+    """The quantized model in a folder, or of a hub id, in eval mode. No code that comes with it is run.
 
-    verify: first hash every file of the folder, and decode every matrix; a difference raises VerificationError.
-
-    Its class is the one that config.json names. kwargs: as from_pretrained takes them, such as device_map and dtype.
-    Raises CheckpointError where there is no llmquant model, VerificationError where the model is incomplete.
+    Its class is the one that config.json names. verify: first hash every file, and decode every matrix.
+    kwargs: as from_pretrained takes them, such as device_map and dtype.
+    Raises CheckpointError where there is no llmquant model, or one that transformers cannot build; VerificationError
+    where the model is incomplete, or is not what was written.
     """
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
-    except OSError as error:
+    except Exception as error:  # whatever transformers makes of what is no config
         raise CheckpointError(f"{model}: no model here: {error}") from error
-    if not config:
+    if not isinstance(config, dict) or not config:
         raise CheckpointError(f"{model}: no model here: it has no config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != METHOD:
         found = f"its quant_method is {method}" if method else "it is not quantized"
         raise CheckpointError(f"{model}: {found}: load it with transformers, or quantize it with llmquant first")
     if verify and (problems := inspection.verify(locate(str(model)))):
         raise VerificationError(f"{model}: {problems[0]}: {REMEDY}")
     # Without offload_buffers a layer mapped to the CPU or the disk would keep its quantized weight on the GPU.
-    kwargs = {"use_safetensors": True, "offload_buffers": True, **kwargs}
+    kwargs = {"use_safetensors": True, "offload_buffers": True, "trust_remote_code": False, **kwargs}
+    sizes: list[int] = []
+    if Path(model).is_dir():  # what transformers would take on trust
+        files = Checkpoint(Path(model))
+        sizes = [math.prod(files.shape(name)) for name in files.names()]
+    check_config(config, Path(model), sizes)
     named = None if "auto_map" in config else class_named(config.get("architectures"))
-    return (named or AutoModelForCausalLM).from_pretrained(model, **kwargs)
+    try:
+        return (named or AutoModelForCausalLM).from_pretrained(model, **kwargs)
+    except (LlmquantError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a config, or a request, that makes no sense leads to
+        raise CheckpointError(f"{model}: transformers cannot load it: {type(error).__name__}: {error}") from error
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
@@ -214,14 +227,17 @@ def read_headers(files: list[str]) -> Specs:
     """{tensor: shape and type} of safetensors files. Raises CheckpointError for any other file, or a damaged one."""
     stored: Specs = {}
     for file in files:
+        if ".." in Path(file).parts:
+            raise CheckpointError(f"{file}: lies outside the model's folder")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{file}: not safetensors: llmquant models are, and nothing else is read")
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     piece = tensors.get_slice(name)
-                    shape = tuple(piece.get_shape())
-                    stored[name] = TensorSpec(shape, (piece[:0] if shape else tensors.get_tensor(name)).dtype)
+                    if piece.get_dtype() not in DTYPES:
+                        raise CheckpointError(f"{file}: {name} has the unknown type {piece.get_dtype()}")
+                    stored[name] = TensorSpec(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: truncated or not safetensors ({error}): copy this file again") from error
     return stored

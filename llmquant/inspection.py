@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmquant import formats
-from llmquant.checkpoint import MANIFEST, Checkpoint, sha256
+from llmquant.checkpoint import MANIFEST, Checkpoint, is_plain_name, read_json, sha256
 from llmquant.errors import CheckpointError, LlmquantError
 from llmquant.formats.base import all_finite
 
+# Of a manifest: what is read of it, here and by the command line.
+FIELDS = {
+    "files": dict,
+    "tensors": list,
+    "model": str,
+    "bytes_before": int,
+    "bytes_after": int,
+    "bits_per_weight": float,
+}
+
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """The folder's llmquant.json. Raises CheckpointError if it has none: then it is not a finished result."""
+    """The folder's llmquant.json. Raises CheckpointError if it has none, then it is not a finished result; or if it is
+    none that llmquant writes.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no {MANIFEST}: not a finished result of llmquant")
-    try:
-        return dict(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}): the folder is damaged") from None
+    found = read_json(path)
+    for key, kind in FIELDS.items():
+        if not isinstance(found.get(key), kind):
+            raise CheckpointError(f"{path}: {key!r} is missing or damaged")
+    for name, facts in found["files"].items():
+        if not is_plain_name(name) or not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
+            raise CheckpointError(f"{path}: {name!r} is not the entry of a file in this folder")
+    for tensor in found["tensors"]:
+        if not _is_tensor(tensor):
+            raise CheckpointError(f"{path}: an entry of 'tensors' is damaged: {str(tensor)[:80]}")
+    return found
+
+
+def _is_tensor(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "key", "format")):
+        return False
+    shape, figures = (
+        entry.get("shape"),
+        [entry.get("error"), entry.get("bits_per_weight"), entry.get("output_error", 0)],
+    )
+    return (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(size, int) and 0 < size < 2**31 for size in shape)
+        and all(isinstance(figure, int | float) and math.isfinite(figure) for figure in figures)
+    )
 
 
 def verify(folder: Path, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> list[str]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmquant.checkpoint import INDEX, MANIFEST, sha256
+from llmquant.checkpoint import INDEX, MANIFEST, is_plain_name, sha256
 from llmquant.errors import OutputError, VerificationError
 
 JOURNAL = "journal.jsonl"
@@ -43,6 +43,7 @@ class OutputFolder:
         self.partial = output.with_name(output.name + ".partial")
         self.settings = json.loads(json.dumps(settings))  # as it will be read back
         self.records: dict[int, dict[str, Any]] = {}
+        self._kept: dict[str, str] = {}
         self._overwrite = overwrite
 
     def __enter__(self) -> OutputFolder:
@@ -74,35 +75,56 @@ class OutputFolder:
 
     def _take_up(self) -> None:
         """Read the journal of an earlier run that may be resumed, and drop all that it does not note."""
-        begun, records = (None, []) if self._overwrite else self._read_journal()
+        begun, kept, records = (None, {}, []) if self._overwrite else self._read_journal()
         if records:
             self._check_settings(begun or {})
         for record in records:
-            shard = self.partial / record["shard"]
-            if not shard.is_file() or sha256(shard) != record["sha256"]:
+            if not self._is_there(record["shard"], record["sha256"]):
                 break  # noted, but not there as noted: from here on it is done again
             self.records[record["part"]] = record
-        known = {JOURNAL, *(record["shard"] for record in self.records.values())}
+        if begun == self.settings:
+            self._kept = {name: digest for name, digest in kept.items() if self._is_kept(name, digest)}
+        known = {JOURNAL, *self._kept, *(record["shard"] for record in self.records.values())}
         with _writing(self.partial):
             for path in self.partial.iterdir():
-                kept = begun == self.settings and path.name.startswith(KEPT) and path.suffix == ".safetensors"
-                if path.name not in known and not kept:
+                if path.name not in known:
                     path.unlink()
             self._journal.truncate(0)
             self._note(self.settings)
+            for name, digest in self._kept.items():
+                self._note({"kept": name, "sha256": digest})
             for record in self.records.values():
                 self._note(record)
 
-    def _read_journal(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """Settings and notes; a line that was cut or damaged, and what follows it, counts for nothing."""
+    def _is_there(self, name: str, digest: str) -> bool:
+        path = self.partial / name
+        return path.is_file() and sha256(path) == digest
+
+    def _is_kept(self, name: str, digest: str) -> bool:
+        return name.startswith(KEPT) and is_plain_name(name) and self._is_there(name, digest)
+
+    def _read_journal(self) -> tuple[dict[str, Any] | None, dict[str, str], list[dict[str, Any]]]:
+        """Settings, {kept file: hash} and shards; a line that was cut or damaged, and what follows, is not read."""
+        begun: dict[str, Any] | None = None
+        kept: dict[str, str] = {}
+        records: list[dict[str, Any]] = []
         self._journal.seek(0)
-        lines = []
-        for line in self._journal:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return (lines[0], lines[1:]) if lines else (None, [])
+        try:
+            for line in self._journal:
+                note = json.loads(line)
+                if not isinstance(note, dict):
+                    break
+                if begun is None:
+                    begun = note
+                elif isinstance(note.get("kept"), str) and isinstance(note.get("sha256"), str):
+                    kept[note["kept"]] = note["sha256"]
+                elif _is_record(note):
+                    records.append(note)
+                else:
+                    break
+        except (ValueError, RecursionError):  # no UTF-8, no JSON, or numbers and nests without end
+            pass
+        return begun, kept, records
 
     def _note(self, line: dict[str, Any]) -> None:
         self._journal.write(json.dumps(line) + "\n")
@@ -142,13 +164,15 @@ class OutputFolder:
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns; in a run that is taken up again, what it returned the first time. name: KEPT + ..."""
         kept = self.partial / name
-        if kept.is_file():
+        if name in self._kept:
             return load_file(kept)
         tensors, temporary = make(), kept.with_suffix(".tmp")
         with _writing(self.partial):
             save_file(tensors, temporary)
             _sync(temporary)
             temporary.rename(kept)
+            self._kept[name] = sha256(kept)
+            self._note({"kept": name, "sha256": self._kept[name]})
         return tensors
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
@@ -192,6 +216,21 @@ class OutputFolder:
                 shutil.rmtree(self.output)  # empty, or an older result that --overwrite gave up
             self.partial.rename(self.output)
             _sync(self.output.parent)
+
+
+def _is_record(note: dict[str, Any]) -> bool:
+    """Whether a line of the journal is one that write_shard notes."""
+    kinds = {"part": int, "shard": str, "sha256": str, "bytes": int, "tensors": list}
+    if not all(isinstance(note.get(key), kind) for key, kind in kinds.items()):
+        return False
+    report = note.get("report", [])
+    return (
+        is_plain_name(note["shard"])
+        and note["part"] >= 0
+        and all(isinstance(name, str) for name in note["tensors"])
+        and isinstance(report, list)
+        and all(isinstance(entry, dict) for entry in report)
+    )
 
 
 def check_usable(output: Path, *, overwrite: bool) -> None:

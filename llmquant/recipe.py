@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,6 +41,15 @@ class Rule:
     solver: str = "auto"  # gptq where there is calibration, else rtn
     options: dict[str, Any] = field(default_factory=dict)  # of the solver
 
+    def check_kinds(self) -> None:
+        """Raises TypeError where something is not of the kind that it must be."""
+        if not isinstance(self.pattern, str) or not isinstance(self.solver, str):
+            raise TypeError("pattern and solver are strings")
+        if not (self.format is None or isinstance(self.format, str)):
+            raise TypeError("format is a string or null")
+        if not isinstance(self.options, dict) or not all(isinstance(name, str) for name in self.options):
+            raise TypeError("options is an object")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -55,20 +65,25 @@ class Recipe:
     def read(cls, path: Path) -> Recipe:
         """A JSON list of rules: [{"pattern": ..., "format": ..., "solver": ..., "options": {...}}, ...]."""
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
-        except json.JSONDecodeError as error:
+        except PlanError:
+            raise
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or nests without end
             raise PlanError(f"{path}: not JSON: {error}") from None
 
     @classmethod
     def from_json(cls, rules: Any) -> Recipe:
         try:
-            return cls(tuple(Rule(**rule) for rule in rules))
+            recipe = cls(tuple(Rule(**rule) for rule in rules))
+            for rule in recipe.rules:
+                rule.check_kinds()
         except TypeError as error:
             raise PlanError(
                 f"not a recipe ({error}): it is a list of rules with pattern, format and perhaps solver and options"
             ) from None
+        return recipe
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(rule) for rule in self.rules]

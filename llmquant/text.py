@@ -77,7 +77,7 @@ def _read_file(path: Path) -> list[str]:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nests without end
         raise DataError(f"{where}: not JSON: {error}") from None
 
 

@@ -216,12 +216,13 @@ class Table(Element):
         return codes
 
     def levels(self, codes: Tensor) -> Tensor:
-        return _looked_up(self._values.to(codes.device), codes)
+        return _looked_up(self.table().to(codes.device), codes)
 
     def all_codes(self) -> Tensor:
         return torch.arange(len(self.values), dtype=torch.uint8)
 
     def table(self) -> Tensor:
+        """The last level for codes that are never written, but that a damaged file may hold."""
         return torch.nn.functional.pad(self._values, (0, 2**self.bits - len(self.values)), value=self.values[-1])
 
     @cached_property
