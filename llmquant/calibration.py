@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from llmquant.blocks import Call, StreamedModel
 from llmquant.errors import DataError
 from llmquant.matrices import Target
+from llmquant.offload import room
 from llmquant.stats import HELD, Stats, energy
 
 FEW = 4  # windows from which one is held out
@@ -32,13 +34,22 @@ class Streams:
     quantized: list[Tensor]
     calls: list[list[Call]]  # per batch, per block
     held: list[bool]  # per batch: whether its tokens stay out of all sums, to judge solutions on
+    _in_place: bool = False  # hidden states are written over, where they lie
     _wanted: tuple[int, list[Tensor]] = (-1, [])  # a block, and what it puts out in the reference for held-out tokens
 
     @classmethod
-    def start(cls, model: StreamedModel, windows: Tensor, batch: int, progress: Callable[[int, int], None]) -> Streams:
+    def start(
+        cls,
+        model: StreamedModel,
+        windows: Tensor,
+        batch: int,
+        progress: Callable[[int, int], None],
+        offload: Path | None = None,
+    ) -> Streams:
         """Embed windows (n, length) int64. Loads the parts outside the blocks, and lets go of them again.
 
-        The last eighth of the windows is held out, and one of a few.
+        The last eighth of the windows is held out, and one of a few. offload: a folder in which the hidden states of
+        both streams lie, on the CPU whatever the model's device, instead of in memory.
         """
         streams = cls(model, [], [], [], [])
         model.load_outside()
@@ -47,11 +58,13 @@ class Streams:
         streams.held = [index >= -(-summed // batch) for index in range(len(batches))]
         for tokens in batches:
             hidden, calls = model.embed(tokens.to(model.device))
-            streams.reference.append(hidden)
+            streams.reference.append(hidden if offload is None else _written(hidden, offload))
             streams.calls.append(streams._shared(calls))
             progress(sum(map(len, streams.reference)), len(windows))
         model.unload_outside()
-        streams.quantized = list(streams.reference)  # both streams enter the first block alike
+        # Both streams enter the first block alike.
+        streams.quantized = [hidden if offload is None else _written(hidden, offload) for hidden in streams.reference]
+        streams._in_place = offload is not None
         return streams
 
     def _shared(self, calls: list[Call]) -> list[Call]:
@@ -68,17 +81,24 @@ class Streams:
         """Both streams through the block: the reference with the original weights, the other with the new ones."""
         for i, calls in enumerate(self.calls):
             with swap.original():
-                reference = self.model.run_block(block, self.reference[i], calls[block])
-            self.quantized[i] = self.model.run_block(block, self.quantized[i], calls[block])
-            self.reference[i] = reference
+                reference = self._run(block, self.reference[i], calls)
+            quantized = self._run(block, self.quantized[i], calls)
+            if self._in_place:
+                self.reference[i].copy_(reference)
+                self.quantized[i].copy_(quantized)
+            else:
+                self.reference[i], self.quantized[i] = reference, quantized
+
+    def _run(self, block: int, hidden: Tensor, calls: list[Call]) -> Tensor:
+        return self.model.run_block(block, hidden.to(self.model.device), calls[block])
 
     def collect(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
         stats = Stats.empty(stage.targets[0].shape[1], self.model.device)
         for i, calls in enumerate(self.calls):
             with swap.original():
-                x_ref, carried_ref = self._inputs(block, stage, self.reference[i], calls[block])
-            x, carried = self._inputs(block, stage, self.quantized[i], calls[block])
+                x_ref, carried_ref = self._inputs(block, stage, self.reference[i].to(self.model.device), calls[block])
+            x, carried = self._inputs(block, stage, self.quantized[i].to(self.model.device), calls[block])
             if x is None or x_ref is None:
                 continue
             debt = None if carried is None or carried_ref is None else carried_ref - carried
@@ -122,10 +142,10 @@ class Streams:
         held = [i for i in range(len(self.calls)) if self.held[i]]
         if self._wanted[0] != block:
             with swap.original():
-                outputs = [self.model.run_block(block, self.reference[i], self.calls[i][block]) for i in held]
+                outputs = [self._run(block, self.reference[i], self.calls[i]) for i in held]
             self._wanted = block, outputs
         for i, wanted in zip(held, self._wanted[1], strict=True):
-            found = self.model.run_block(block, self.quantized[i], self.calls[i][block])
+            found = self._run(block, self.quantized[i], self.calls[i])
             error = (found - wanted).flatten(0, -2).float()
             error = error[torch.isfinite(error).all(-1)]
             tokens += len(error)
@@ -145,6 +165,11 @@ class Streams:
 def summed_windows(count: int) -> int:
     """How many of `count` windows enter the sums: all but the last eighth, or but one of a few."""
     return count - max(count // 8, count >= FEW)
+
+
+def _written(hidden: Tensor, folder: Path) -> Tensor:
+    """A copy in a file of the folder."""
+    return room(tuple(hidden.shape), hidden.dtype, folder).copy_(hidden)
 
 
 class _SeenEnough(Exception):
@@ -182,7 +207,7 @@ def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:
     are left out.
     """
     targets = {model.module(target): target for target in model.targets(block).values()}
-    hidden = streams.reference[0]
+    hidden = streams.reference[0].to(model.device)
     found: list[tuple[Tensor, Stage]] = []
     outputs: dict[str, Tensor] = {}
     inputs: list[tuple[nn.Module, Tensor]] = []  # of any module, those that look like hidden states

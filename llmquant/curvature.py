@@ -11,8 +11,6 @@ the true Fisher information of the model, and not the empirical one, which the e
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +24,8 @@ from torch import Tensor, nn
 
 from llmquant.blocks import Call, StreamedModel
 from llmquant.calibration import Streams
-from llmquant.errors import OutputError, PlanError
+from llmquant.errors import PlanError
+from llmquant.offload import room
 from llmquant.stats import finite_rows
 
 CHUNK_BYTES = 2**26  # of float32 logits that exist at once
@@ -127,8 +126,10 @@ def _start(
     if len(shape) != 3 or sum(sizes) != len(windows):
         raise PlanError(f"{model.block_names[0]}: its hidden states, {tuple(shape)}, are not (batch, tokens, size)")
     depth = len(model.block_names)
-    room = _room((depth + 1, *windows.shape, shape[2]), streams.reference[0].dtype, spill, memory)
-    states = [part.split(sizes) for part in room]
+    shape, dtype = torch.Size((depth + 1, *windows.shape, shape[2])), streams.reference[0].dtype
+    states = [
+        part.split(sizes) for part in room(shape, dtype, spill if shape.numel() * dtype.itemsize > memory else None)
+    ]
     for entering, hidden in zip(states[0], streams.reference, strict=True):
         entering.copy_(hidden)
     return states, [[of_batch[index] for of_batch in streams.calls] for index in range(depth)]
@@ -141,23 +142,6 @@ def _loaded(model: StreamedModel, block: int) -> Iterator[None]:
         yield
     finally:
         model.unload_block(block)
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None, memory: int) -> Tensor:
-    """A tensor to write to: in memory, or mapped to a file without a name, which goes when the tensor does."""
-    size = math.prod(shape)
-    if spill is None or size * dtype.itemsize <= memory:
-        return torch.empty(shape, dtype=dtype)
-    try:
-        with tempfile.NamedTemporaryFile(dir=spill) as file:
-            # Where the file had holes, a full disk would kill the process when a page is written.
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
-    except OSError as error:
-        raise OutputError(
-            f"{spill}: {size * dtype.itemsize:,} bytes of hidden states cannot be written: {error}: free some space, "
-            "or take fewer tokens"
-        ) from None
 
 
 def _forward(

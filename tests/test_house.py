@@ -54,6 +54,7 @@ FORBIDDEN = {
     "tune": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "linear": [*WRITING, "hf", "checkpoint"],
+    "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "hf": WRITING,
     "metrics": [*WRITING, "hf", "linear"],
     "text": [*WRITING, "hf", "linear", "formats"],
