@@ -39,7 +39,8 @@ from transformers.utils.logging import set_tqdm_hook
 
 from llmquant.checkpoint import check_config, read_json
 from llmquant.errors import CheckpointError, PlanError
-from llmquant.matrices import Target, all_blocks, class_named, decoder_blocks, target_of
+from llmquant.experts import layouts, packed_name
+from llmquant.matrices import Target, all_blocks, class_named, decoder_blocks, experts_of, target_of, text_config
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments with which a block is called, (args, kwargs), without the hidden states that come first."""
@@ -101,9 +102,11 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
+        self.model.set_experts_implementation("eager")  # each expert by itself, on its own tokens
+        self._layouts = layouts(self.model, getattr(text_config(config), "hidden_size", 0))
         blocks = decoder_blocks(self.model) if self.causal else all_blocks(self.model)
         self.block_names, self._blocks = list(blocks), list(blocks.values())
-        self._parameter_of, self._converted = self._map_names()
+        self._parameter_of, self._converted, self._split = self._map_names()
         self._keys_of: dict[str, list[str]] = {}
         for key, parameter in self._parameter_of.items():
             self._keys_of.setdefault(parameter, []).append(key)
@@ -121,28 +124,32 @@ class StreamedModel:
     # ---------------------------------------------------------------------------------------- what there is
 
     def targets(self, block: int | None) -> dict[str, Target]:
-        """The matrices of a block that can be quantized, by the module's name in memory, in the module's order.
+        """The matrices of a block that can be quantized, by their names in memory, in the modules' order.
 
         Convolutions count where the model is only read: nothing calibrates them. Shared weights never do.
         """
         excluded = self._router_parameters(block) | self._tied
-        found = {name: target_of(name, module) for name, module in self._parts(block)}
+        found: list[Target] = []
+        for name, module in self._parts(block):
+            linear = target_of(name, module)
+            found += [] if linear is None else [linear]
+            found += experts_of(name, module, self._layouts)
         return {
-            name: target
-            for name, target in found.items()
-            if target is not None and f"{name}.weight" not in excluded and not (self.causal and target.kernel)
+            target.name: target
+            for target in found
+            if target.parameter not in excluded and not (self.causal and target.kernel)
         }
 
     def module(self, target: Target) -> nn.Module:
         """The module that holds a target's weight; on meta while its block is not loaded."""
-        return self.model.get_submodule(target.name)
+        return self.model.get_submodule(target.holder)
 
     def unsupported(self, block: int) -> list[str]:
         """The parameters of a block, by name in memory, that hold matrices but are no target and no router.
 
-        Nothing quantizes them: they stay dense. Experts held as one 3-D parameter are the usual case.
+        Nothing quantizes them: they stay dense.
         """
-        handled = {f"{name}.weight" for name in self.targets(block)} | self._router_parameters(block)
+        handled = {target.parameter for target in self.targets(block).values()} | self._router_parameters(block)
         parameters = self._blocks[block].named_parameters(self.block_names[block])
         return [name for name, value in parameters if value.ndim >= 2 and name not in handled]
 
@@ -168,6 +175,18 @@ class StreamedModel:
         """The checkpoint's name of a parameter named in memory; None where it was merged, split, tied or is unknown."""
         keys = self._keys_of.get(parameter, [])
         return keys[0] if len(keys) == 1 and parameter not in self._converted else None
+
+    def source_keys(self, target: Target) -> list[str]:
+        """The checkpoint's names of what makes up the parameter of a target, and nothing else; [] where none do.
+
+        The experts of one parameter may be stored one by one, or together.
+        """
+        keys = self._keys_of.get(target.parameter, [])
+        if target.expert is None:
+            return keys if self.source_key(target.parameter) else []
+        stored = f"{target.holder}.{packed_name(target.parameter)}.weight_packed"
+        found_as_it_is = self._rename(stored) == (stored, None)
+        return list(keys) if found_as_it_is and target.parameter not in self._split else []
 
     # ---------------------------------------------------------------------------------------- loading and freeing
 
@@ -295,26 +314,31 @@ class StreamedModel:
             raise ValueError(f"tokens {tuple(input_ids.shape)} become {tuple(result.shape)}")
         return result
 
-    def _map_names(self) -> tuple[dict[str, str], set[str]]:
-        """({checkpoint name: name in memory}, the names in memory that are merged or split), for the names known.
+    def _map_names(self) -> tuple[dict[str, str], set[str], set[str]]:
+        """({checkpoint name: name in memory}, the names in memory that are changed, and of those the ones that are
+        split from what is stored), for the names known.
 
         Where one stored tensor is split, its first part stands for all: they are in the same block.
         """
         mapping = get_model_conversion_mapping(self.model)
         renamings = [change for change in mapping if isinstance(change, WeightRenaming)]
         converters = [change for change in mapping if isinstance(change, WeightConverter)]
+        parts = {pattern: len(change.target_patterns) for change in converters for pattern in change.source_patterns}
         state = self.model.state_dict()
         prefix = self.model.base_model_prefix
-        names, converted = {}, set()
+        self._rename = lambda key: rename_source_key(key, renamings, converters, prefix, state)
+        names, converted, split = {}, set(), set()
         for key in self.checkpoint.names():
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            name, pattern = self._rename(key)
             if name not in state and key in state:
                 name, pattern = key, None
             if name in state:
                 names[key] = name
                 if pattern is not None:
                     converted.add(name)
-        return names, converted
+                    if parts[pattern] > 1:
+                        split.add(name)
+        return names, converted, split
 
     def _check_on_meta(self) -> None:
         """Load the whole checkpoint as tensors without data: what is missing or misshapen shows at once."""
@@ -407,13 +431,13 @@ class StreamedModel:
         return {**ends, **reserved}
 
     def _router_parameters(self, block: int | None) -> set[str]:
-        """The parameters of a block with one row an expert, in a module that holds the experts."""
+        """The parameters of a block with one row an expert, or one row for all, in a module that holds the experts."""
         if block is None:
             return set()
         name, module = self.block_names[block], self._blocks[block]
-        text_config = _text_config(self.config)
-        counts = ("num_experts", "num_local_experts", "n_routed_experts")
-        experts = {number for count in counts if (number := getattr(text_config, count, None)) is not None}
+        config, counts = text_config(self.config), ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = {number for count in counts if (number := getattr(config, count, None)) is not None}
+        experts |= {len(value) for inner, value in module.named_parameters(name) if inner in self._layouts}
         holders = {
             inner
             for inner, part in module.named_modules(prefix=name)
@@ -422,7 +446,9 @@ class StreamedModel:
         return {
             inner
             for inner, value in module.named_parameters(name)
-            if value.ndim == 2 and len(value) in experts and any(inner.startswith(f"{holder}.") for holder in holders)
+            if value.ndim == 2
+            and len(value) in {1, *experts}
+            and any(inner.startswith(f"{holder}.") for holder in holders)
         }
 
 
@@ -501,7 +527,7 @@ def _skeleton(config: PretrainedConfig, causal: bool, dtype: torch.dtype, trust_
 
 
 def _stored_dtype(checkpoint: TensorSource, config: PretrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None) or getattr(_text_config(config), "dtype", None)
+    dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -512,13 +538,6 @@ def _stored_dtype(checkpoint: TensorSource, config: PretrainedConfig) -> torch.d
         if checkpoint.dtype(name).is_floating_point:
             return checkpoint.dtype(name)
     raise CheckpointError(f"{checkpoint.folder} holds no floating tensor")
-
-
-def _text_config(config: PretrainedConfig) -> PretrainedConfig:
-    try:
-        return config.get_text_config()
-    except ValueError:  # it has several
-        return config
 
 
 def _holds_experts(module: nn.Module, counts: set[int]) -> bool:

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from llmquant.blocks import Call, StreamedModel
 from llmquant.errors import DataError
+from llmquant.experts import Watch
 from llmquant.matrices import Target
 from llmquant.offload import room
 from llmquant.stats import HELD, Stats, energy
 
 FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
+EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
+FEW_HELD = 256  # held-out tokens of an expert below which those of the other experts judge it too
 
 
 @dataclass
@@ -92,7 +95,15 @@ class Streams:
     def _run(self, block: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         return self.model.run_block(block, hidden.to(self.model.device), calls[block])
 
-    def collect(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
+    def statistics(self, block: int, stage: Stage, swap: WeightSwap) -> Iterator[tuple[Target, Stats]]:
+        """Every target of a stage with the statistics of its input, in order."""
+        if stage.targets[0].expert is not None:
+            yield from self._of_experts(block, stage, swap)
+        else:
+            stats = self._of_linears(block, stage, swap)
+            yield from ((target, stats) for target in stage.targets)
+
+    def _of_linears(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
         stats = Stats.empty(stage.targets[0].shape[1], self.model.device)
         for i, calls in enumerate(self.calls):
@@ -102,6 +113,8 @@ class Streams:
             if x is None or x_ref is None:
                 continue
             debt = None if carried is None or carried_ref is None else carried_ref - carried
+            if x[..., 0].numel() != self.quantized[i][..., 0].numel():
+                x_ref, debt = x, None  # an expert in a module of its own: other tokens may be sent to it in either
             if self.held[i]:
                 stats.hold(x, x_ref, debt, most=HELD // sum(self.held))
             else:
@@ -132,6 +145,88 @@ class Streams:
             for handle in handles:
                 handle.remove()
         return next(iter(found), None), next(iter(carried), None)
+
+    def _of_experts(self, block: int, stage: Stage, swap: WeightSwap) -> Iterator[tuple[Target, Stats]]:
+        """Each expert with the statistics of the tokens sent to it, and of all where those are few.
+
+        As many experts at a time as their tokens may take memory.
+        """
+        columns, device = stage.targets[0].shape[1], self.model.device
+        rest = {target.expert or 0: target for target in stage.targets}
+        everything = Stats.empty(columns, device)
+        first = True
+        while rest:
+            tokens: dict[int, list[tuple[int, Tensor, Tensor]]] = {expert: [] for expert in rest}
+            for i in range(len(self.calls)):
+                for expert, (x, x_ref) in self._into_experts(block, stage, swap, i).items():
+                    if first:
+                        self._add(everything, i, x, x_ref)
+                    if expert in tokens:
+                        tokens[expert].append((i, x, x_ref))
+                while len(tokens) > 1 and _nbytes(tokens) > EXPERT_BYTES:
+                    del tokens[max(tokens)]
+            first = False
+            for expert in list(tokens):
+                own = Stats.empty(columns, device)
+                for piece in tokens.pop(expert):
+                    self._add(own, *piece)
+                yield rest.pop(expert), own.blended(everything, FEW_HELD)
+        self._judge(everything, stage)
+
+    def _add(self, stats: Stats, i: int, x: Tensor, x_ref: Tensor) -> None:
+        """Tokens of batch i to the sums, or to those held out."""
+        if self.held[i]:
+            stats.hold(x, x_ref, most=HELD // sum(self.held))
+        else:
+            stats.update(x, x_ref)
+
+    def _into_experts(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """What enters each expert of a parameter in batch i, in both streams: {expert: (x, x_ref) (tokens, in)}.
+
+        In the reference every expert is shown the tokens that the quantized stream sends to it: its router is not
+        asked, which would send some elsewhere.
+        """
+        holder = self.model.module(stage.targets[0])
+        leaf = stage.targets[0].parameter.rpartition(".")[2]
+        routed: list[Call] = []
+
+        def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routed.append((args, kwargs))
+
+        def repeat(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+            then_args, then_kwargs = routed[0]
+            if args:
+                return (args[0], *then_args[1:]), then_kwargs
+            hidden = next(iter(kwargs))
+            return (), {**then_kwargs, hidden: kwargs[hidden]}
+
+        def enough(*_: Any) -> None:
+            raise _SeenEnough
+
+        def run(stream: list[Tensor], before: Any) -> dict[int, Tensor]:
+            found: dict[int, Tensor] = {}
+
+            def seen(_: str, expert: int | None, transposed: bool, x: Tensor, y: Tensor) -> None:
+                found.update(enumerate(x) if expert is None else {expert: x})
+
+            handles = [
+                holder.register_forward_pre_hook(before, with_kwargs=True),
+                holder.register_forward_hook(enough),
+            ]
+            try:
+                with Watch({"": holder.get_parameter(leaf)}, seen):
+                    self._run(block, stream[i], self.calls[i])
+            except _SeenEnough:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return found
+
+        found = run(self.quantized, remember)
+        with swap.original():
+            reference = run(self.reference, repeat)
+        return {expert: (x, reference[expert]) for expert, x in found.items()}
 
     def block_error(self, block: int, swap: WeightSwap, curvature: Tensor | None) -> float:
         """How far the block's outputs, as it is now, are from the reference on held-out tokens: the mean of e^T G e.
@@ -176,6 +271,10 @@ class _SeenEnough(Exception):
     """Ends a block's forward pass once the wanted input was seen."""
 
 
+def _nbytes(tokens: dict[int, list[tuple[int, Tensor, Tensor]]]) -> int:
+    return sum(x.nbytes + x_ref.nbytes for pieces in tokens.values() for _, x, x_ref in pieces)
+
+
 def _in_metric(error: Tensor, curvature: Tensor | None) -> float:
     """The sum over rows e of error (tokens, size) of e^T G e."""
     if curvature is None:
@@ -190,7 +289,7 @@ BLOCK_INPUT = "block input"
 
 @dataclass
 class Stage:
-    """Targets that share one input tensor.
+    """Targets that share one input tensor, or the experts of one parameter.
 
     carrier: what holds the residual stream that the output of the only target is added to: a module whose input it is,
     or the block's own input; None where the output is not simply added to one.
@@ -203,41 +302,73 @@ class Stage:
 def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:
     """The block's targets in the order in which they are called, those that share one input tensor together.
 
-    Found by running one batch and comparing tensors: no table of architectures. Targets that the batch did not reach
-    are left out.
+    Found by running a batch and comparing tensors: no table of architectures. Where it does not reach all targets,
+    others follow; targets that none reaches are left out.
     """
-    targets = {model.module(target): target for target in model.targets(block).values()}
-    hidden = streams.reference[0].to(model.device)
-    found: list[tuple[Tensor, Stage]] = []
-    outputs: dict[str, Tensor] = {}
-    inputs: list[tuple[nn.Module, Tensor]] = []  # of any module, those that look like hidden states
+    every = model.targets(block).values()
+    modules = {model.module(target): target for target in every if target.expert is None}
+    stacks: dict[str, list[Target]] = {}
+    for target in every:
+        if target.expert is not None:
+            stacks.setdefault(target.parameter, []).append(target)
+    run = _Discovery(model, block, modules, stacks)
+    for hidden, calls in zip(streams.reference, streams.calls, strict=True):
+        run.batch(hidden.to(model.device), calls[block])
+        if run.missing == 0:
+            break
+    return [stage for _, stage in run.found]
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].shape == hidden.shape:
-            inputs.append((module, args[0]))
-        if module not in targets:
-            return
-        known = next((stage for tensor, stage in found if tensor is args[0]), None)
-        if known is None:
-            found.append((args[0], Stage([targets[module]])))
-        else:
-            known.targets.append(targets[module])
 
-    def leave(module: nn.Module, _: Any, output: Tensor) -> None:
-        if output.shape == hidden.shape:
-            outputs[targets[module].name] = output
+class _Discovery:
+    """The stages of a block that some batches reach."""
 
-    handles = [
-        part.register_forward_pre_hook(enter) for part in model.model.get_submodule(model.block_names[block]).modules()
-    ]
-    handles += [module.register_forward_hook(leave) for module in targets]
-    try:
-        result = model.run_block(block, hidden, streams.calls[0][block])
-    finally:
-        for handle in handles:
-            handle.remove()
-    _find_carriers([stage for _, stage in found], outputs, hidden, inputs, result)
-    return [stage for _, stage in found]
+    def __init__(
+        self, model: StreamedModel, block: int, modules: dict[nn.Module, Target], stacks: dict[str, list[Target]]
+    ) -> None:
+        self.model, self.block, self.modules, self.stacks = model, block, modules, stacks
+        self.found: list[tuple[Tensor, Stage]] = []
+        self.missing = len(modules) + len(stacks)
+
+    def batch(self, hidden: Tensor, call: Call) -> None:
+        """Run a batch, and add the stages that none before reached."""
+        known = {target.name for _, stage in self.found for target in stage.targets}
+        stacks = {name: targets for name, targets in self.stacks.items() if targets[0].name not in known}
+        new: list[tuple[Tensor, Stage]] = []
+        outputs: dict[str, Tensor] = {}
+        inputs: list[tuple[nn.Module, Tensor]] = []  # of any module, those that look like hidden states
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].shape == hidden.shape:
+                inputs.append((module, args[0]))
+            if module not in self.modules or self.modules[module].name in known:
+                return
+            stage = next((stage for tensor, stage in new if tensor is args[0]), None)
+            if stage is None:
+                new.append((args[0], Stage([self.modules[module]])))
+            else:
+                stage.targets.append(self.modules[module])
+
+        def leave(module: nn.Module, _: Any, output: Tensor) -> None:
+            if output.shape == hidden.shape:
+                outputs[self.modules[module].name] = output
+
+        def multiplied(name: str, expert: int | None, transposed: bool, x: Tensor, y: Tensor) -> None:
+            if name in stacks:
+                new.append((x, Stage(stacks.pop(name))))
+
+        parts = self.model.model.get_submodule(self.model.block_names[self.block]).modules()
+        handles = [part.register_forward_pre_hook(enter) for part in parts]
+        handles += [module.register_forward_hook(leave) for module in self.modules]
+        parameters = {name: self.model.model.get_parameter(name) for name in stacks}
+        try:
+            with Watch(parameters, multiplied):
+                result = self.model.run_block(self.block, hidden, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        _find_carriers([stage for _, stage in new], outputs, hidden, inputs, result)
+        self.missing -= sum(1 if stage.targets[0].expert is not None else len(stage.targets) for _, stage in new)
+        self.found += new
 
 
 def _find_carriers(
@@ -271,9 +402,13 @@ class WeightSwap:
 
     pairs: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=dict)
 
-    def replace(self, name: str, parameter: nn.Parameter, quantized: Tensor) -> None:
-        """Put `quantized` (of the parameter's shape and type) in place of the parameter's data."""
+    def replace(self, name: str, parameter: nn.Parameter, quantized: Tensor, expert: int | None = None) -> None:
+        """Put `quantized` (of the parameter's type) in place of the parameter's data, or of one of its experts."""
         original = self.pairs[name][1] if name in self.pairs else parameter.data
+        if expert is not None:
+            changed = self.pairs[name][2] if name in self.pairs else original.clone()
+            changed[expert] = quantized
+            quantized = changed
         self.pairs[name] = (parameter, original, quantized)
         parameter.data = quantized
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from llmquant.blocks import Call, StreamedModel
 from llmquant.calibration import Streams
 from llmquant.errors import PlanError
+from llmquant.experts import Watch
 from llmquant.offload import room
 from llmquant.stats import finite_rows
 
@@ -209,14 +210,22 @@ def _backward(
 
     On the way the gradients of the outputs of linears, and of the block, are added to `sums`, {name: sum}.
     """
-    parts = {name: model.model.get_submodule(name) for name in sums if name != model.block_names[index]}
-    handles = [part.register_forward_hook(partial(_watch, sums[name])) for name, part in parts.items()]
+    targets = model.targets(index).values()
+    linears = {target.name: model.module(target) for target in targets if target.expert is None}
+    handles = [part.register_forward_hook(partial(_watch, sums[name])) for name, part in linears.items()]
+    stacks = {t.parameter: model.model.get_parameter(t.parameter) for t in targets if t.expert is not None}
+
+    def multiplied(name: str, expert: int | None, transposed: bool, x: Tensor, y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(partial(_add_experts, sums, name, expert))
+
     try:
         for entering, leaving, call in zip(before, after, calls, strict=True):
             sums[model.block_names[index]].add(leaving)
             with torch.enable_grad():
                 leaf = entering.to(model.device).detach().requires_grad_()
-                output = model.run_block(index, leaf, call)
+                with Watch(stacks, multiplied):
+                    output = model.run_block(index, leaf, call)
                 (gradient,) = torch.autograd.grad(output, leaf, leaving.to(output))
             entering.copy_(gradient)
     finally:
@@ -228,6 +237,11 @@ def _watch(total: _Sum, module: nn.Module, args: tuple[Any, ...], output: Tensor
     """A forward hook: have the gradient of the output added as soon as it is known, so that it is not kept."""
     if output.requires_grad:
         output.register_hook(total.add)
+
+
+def _add_experts(sums: dict[str, _Sum], name: str, expert: int | None, gradient: Tensor) -> None:
+    for number, own in enumerate(gradient) if expert is None else [(expert, gradient)]:
+        sums[f"{name}.{number}"].add(own)
 
 
 class _Sum:

@@ -31,9 +31,10 @@ from llmquant import formats as registry
 from llmquant import inspection
 from llmquant.checkpoint import DTYPES, Checkpoint, check_config, locate
 from llmquant.errors import CheckpointError, LlmquantError, PlanError, VerificationError
+from llmquant.experts import layouts, packed_name
 from llmquant.formats import Format, TensorSpec
-from llmquant.linear import QuantConv, QuantLinear, QuantModule
-from llmquant.matrices import CONVOLUTIONS, class_named, target_of
+from llmquant.linear import QuantConv, QuantExperts, QuantLinear, QuantModule
+from llmquant.matrices import CONVOLUTIONS, class_named, target_of, text_config
 from llmquant.version import __version__
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class LlmquantQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """On the empty skeleton: swap the listed modules, and compare what they expect with the files' headers."""
+        model.set_experts_implementation("eager")  # the others take all experts at once, which decodes them all
         swap(model, self.quantization_config.modules())
         for layer in quantized_layers(model).values():
             layer.filling = True
@@ -179,8 +181,10 @@ def swap(model: Any, modules: dict[str, Format]) -> None:
     """
     present = dict(model.named_modules())
     tied = {name for pair in _tied(model).items() for name in pair}
+    parameters = {name for name, value in model.named_parameters() if value.ndim == 3}
+    found = layouts(model, getattr(text_config(model.config), "hidden_size", 0)) if parameters else {}
     for listed, fmt in modules.items():
-        name = next((name for name in _aliases(model, listed) if name in present), None)
+        name = next((name for name in _aliases(model, listed) if name in present or name in parameters), None)
         if name is None:
             if model.base_model is model and not listed.startswith(f"{model.base_model_prefix}."):
                 continue  # of a head that this model was asked to go without
@@ -191,9 +195,25 @@ def swap(model: Any, modules: dict[str, Format]) -> None:
                 'set "tie_word_embeddings" to false'
             )
         try:
-            model.set_submodule(name, _counterpart(present[name], fmt))
+            if name in parameters:
+                _swap_experts(model, name, fmt, found.get(name))
+            else:
+                model.set_submodule(name, _counterpart(present[name], fmt))
         except PlanError as error:
             raise CheckpointError(f"config.json: {listed} cannot be {fmt.spec}: {error}") from error
+
+
+def _swap_experts(model: Any, name: str, fmt: Format, transposed: bool | None) -> None:
+    """Put empty QuantExperts in place of a parameter of a model on meta. Raises PlanError where it holds no experts."""
+    holder, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if transposed is None:
+        raise PlanError(f"{type(holder).__name__} does not multiply by it as by a matrix for each expert")
+    parameter = holder.get_parameter(leaf)
+    with torch.device("meta"):
+        experts = QuantExperts(fmt, tuple(parameter.shape), transposed=transposed, dtype=parameter.dtype)
+    del holder._parameters[leaf]
+    holder.add_module(packed_name(leaf), experts)
+    holder.__dict__[leaf] = experts  # under its own name for the forward pass, but not for what is saved and loaded
 
 
 def _counterpart(old: nn.Module, fmt: Format) -> QuantModule:
@@ -308,15 +328,16 @@ def _was_read(model: Any, name: str, tensor: Tensor, stored: Specs) -> bool:
 
 def _verify_layer(name: str, layer: QuantModule) -> None:
     """The buffers in memory (an offloaded one is out of sight): types, the shape that was noted, finite scales."""
-    for suffix, spec in layer.format.layout(layer.matrix_shape).items():
+    for suffix, one in layer.format.layout(layer.matrix_shape).items():
+        stacked = isinstance(layer, QuantExperts)
+        spec = TensorSpec((len(layer), *one.shape), one.dtype) if stacked else one
         buffer = layer._buffers[suffix]  # not get_buffer: it would find what stands for the dense weight
         if buffer is None or buffer.is_meta:
             continue
         _check_spec(f"{name}.{suffix}", _spec(buffer), spec)
-        if suffix == "weight_shape" and buffer.tolist() != list(layer.matrix_shape):
+        if suffix == "weight_shape" and (buffer.cpu() != torch.tensor(layer.matrix_shape)).any():
             raise VerificationError(
-                f"{name}.{suffix} says {buffer.tolist()}, but the layer is {list(layer.matrix_shape)} (out, in): "
-                f"{REMEDY}"
+                f"{name}.{suffix} says {buffer.tolist()}, but the layer is {list(layer.matrix_shape)} (out, in): {REMEDY}"
             )
         if spec.dtype.is_floating_point and not torch.isfinite(buffer.float()).all():
             raise VerificationError(f"{name}.{suffix} holds values that are not finite: {REMEDY}")

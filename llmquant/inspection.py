@@ -85,6 +85,7 @@ def _decode(checkpoint: Checkpoint, tensor: dict[str, Any]) -> list[str]:
     shape = (tensor["shape"][0], tensor["shape"][1])
     base = tensor["key"].removesuffix("weight")
     layout = fmt.layout(shape)
+    expert = tensor.get("expert")  # all experts of a parameter lie in the same tensors
     missing = [base + suffix for suffix in layout if base + suffix not in checkpoint.names()]
     if missing:
         return [f"{missing[0]}: missing"]
@@ -92,11 +93,14 @@ def _decode(checkpoint: Checkpoint, tensor: dict[str, Any]) -> list[str]:
         f"{base + suffix}: is {checkpoint.dtype(base + suffix)} {checkpoint.shape(base + suffix)}, "
         f"should be {spec.dtype} {spec.shape}"
         for suffix, spec in layout.items()
-        if (checkpoint.shape(base + suffix), checkpoint.dtype(base + suffix)) != (spec.shape, spec.dtype)
+        if checkpoint.dtype(base + suffix) != spec.dtype
+        or checkpoint.shape(base + suffix)[0 if expert is None else 1 :] != spec.shape
     ]
     if wrong:
         return wrong
     stored = checkpoint.tensors([base + suffix for suffix in layout])
+    if expert is not None:
+        stored = {name: value[expert] for name, value in stored.items()}
     named = {name.removeprefix(base): value for name, value in stored.items()}
     if not all_finite(fmt.decode(*fmt.unpack(named, shape))):
         return [f"{tensor['key']}: decodes to NaN or Inf"]

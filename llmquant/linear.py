@@ -26,8 +26,11 @@ class QuantModule(nn.Module):
     bias: nn.Parameter | None
     filling = False  # while transformers loads the tensors
 
-    def __init__(self, fmt: Format, dense: tuple[int, ...], *, bias: bool, dtype: torch.dtype | None) -> None:
-        """dense: the shape of the weight; dtype: what the model computes in, by default torch's default.
+    def __init__(
+        self, fmt: Format, dense: tuple[int, ...], *, bias: bool, dtype: torch.dtype | None, count: int | None = None
+    ) -> None:
+        """dense: the shape of the weight; dtype: what the model computes in, by default torch's default; count: of such
+        weights, if the buffers are to hold several.
 
         Raises PlanError where fmt cannot hold this shape.
         """
@@ -39,7 +42,8 @@ class QuantModule(nn.Module):
         self.keep_decoded = False  # trade memory for speed: hold the weight decoded, too
         for suffix, spec in fmt.layout(self.matrix_shape).items():
             # What register_buffer does, but it would refuse the name `weight`, which __getattr__ answers to.
-            self._buffers[suffix] = torch.empty(spec.shape, dtype=spec.dtype)
+            shape = spec.shape if count is None else (count, *spec.shape)
+            self._buffers[suffix] = torch.empty(shape, dtype=spec.dtype)
         self.bias = nn.Parameter(torch.empty(dense[0], dtype=dtype), requires_grad=False) if bias else None
         self._prepared: dict[torch.dtype, Any] = {}
         self._prepared_from: tuple[object, ...] = ()
@@ -53,6 +57,10 @@ class QuantModule(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) that the stored one stands for."""
         return llmquant_kernels.decode(self.packed_weight, dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the unquantized module has it."""
+        return self.dequantize(dtype).view(self.dense_shape)
 
     def explain(self, dtype: torch.dtype) -> str:
         """Which kernel serves inputs of `dtype` here, and why."""
@@ -147,6 +155,77 @@ class QuantLinear(QuantModule):
         return llmquant_kernels.prepare(self.packed_weight, dtype=dtype, keep_decoded=self.keep_decoded)
 
 
+class QuantExperts(QuantModule):
+    """Experts that a model holds as one parameter (experts, ., .), each a matrix (out, in) in one number format.
+
+    It takes the place of the parameter in the module that computes with it: that module keeps its own forward pass, and
+    what it does with the parameter it does with this. Cutting out an expert decodes that one; anything else, all.
+    The buffers are those of `fmt.layout((out, in))` for every expert, stacked.
+    """
+
+    _is_hf_initialized = True  # or some models would fill the parameter with random numbers when they are loaded
+
+    def __init__(self, fmt: Format, dense: tuple[int, int, int], *, transposed: bool, dtype: torch.dtype) -> None:
+        """dense: the shape of the parameter; transposed: whether that is (experts, in, out). Raises as QuantModule."""
+        count, *shape = dense
+        outputs, inputs = reversed(shape) if transposed else shape
+        super().__init__(fmt, (outputs, inputs), bias=False, dtype=dtype, count=count)
+        self.dense_shape = dense
+        self.transposed = transposed
+
+    def forward(self, index: Any) -> Tensor:
+        """What indexing the parameter gives. Called as a module, so that the buffers are fetched if they are offloaded.
+
+        An expert by its number, or by a tensor with its number: (., .). Several experts: (several, ., .).
+        """
+        if isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.long:
+            chosen, places = index.unique(return_inverse=True)
+            return torch.stack([self._expert(expert) for expert in chosen.tolist()])[places]
+        if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
+            return self._expert(int(index))
+        return self.dense(self.dtype)[index]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self(index)
+
+    def __len__(self) -> int:
+        return self.dense_shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """What a parameter has and a module has not, such as its shape."""
+        if name.startswith("_") or name == "weight" or not hasattr(Tensor, name):
+            return super().__getattr__(name)
+        return getattr(_DecodedOnUse(self), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch's functions do with the parameter."""
+        args, kwargs = tree_map_only(QuantExperts, _DecodedOnUse, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.stack([self._decoded(expert, dtype) for expert in range(len(self))])
+
+    def explain(self, dtype: torch.dtype) -> str:
+        return "every expert that a token is sent to is decoded for each call"
+
+    def extra_repr(self) -> str:
+        return f"{len(self)} of {self.matrix_shape}, transposed={self.transposed}, format={self.format.spec}"
+
+    def _expert(self, expert: int) -> Tensor:
+        if not self.keep_decoded:
+            return self._decoded(expert, self.dtype)
+        return self._prepared_for(self.dtype)[expert]
+
+    def _decoded(self, expert: int, dtype: torch.dtype) -> Tensor:
+        named = {suffix: buffer[expert] for suffix, buffer in self._buffers.items() if buffer is not None}
+        weight = llmquant_kernels.decode(self.format.packed_weight(named, self.matrix_shape), dtype)
+        return weight.t() if self.transposed else weight
+
+    def _prepare(self, dtype: torch.dtype) -> Any:
+        return self.dense(dtype)
+
+
 class QuantConv(QuantModule):
     """A convolution in one to three dimensions, whose weight (out, channels of a group, *kernel) is decoded for use."""
 
@@ -179,7 +258,7 @@ class QuantConv(QuantModule):
         )
 
     def _prepare(self, dtype: torch.dtype) -> Any:
-        return self.dequantize(dtype).view(self.dense_shape)
+        return self.dense(dtype)
 
 
 def _initialized(shape: tuple[int, ...]) -> Tensor:
@@ -208,7 +287,7 @@ class _DecodedOnUse(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def decode(weight: _DecodedOnUse) -> Tensor:
-            return weight._module.dequantize(weight.dtype).view(weight.shape)
+            return weight._module.dense(weight.dtype)
 
         args, kwargs = tree_map_only(_DecodedOnUse, decode, (args, kwargs or {}))
         return func(*args, **kwargs)

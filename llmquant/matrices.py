@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from llmquant.errors import PlanError
 
 if TYPE_CHECKING:  # this is imported while transformers is
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,7 +29,8 @@ class Target:
 
     name: the module's name in memory; shape: (out, in); transposed: stored as (in, out), as GPT-2's Conv1D does;
     bias: whether the module also adds a bias; kernel: of a convolution, the sizes of its kernel: the weight
-    (out, channels of a group, *kernel) is seen as (out, the product of the rest).
+    (out, channels of a group, *kernel) is seen as (out, the product of the rest); expert: its number among those that
+    a parameter (experts, ., .) holds, of which the name is that of the parameter and this number.
     """
 
     name: str
@@ -37,10 +38,28 @@ class Target:
     transposed: bool
     bias: bool
     kernel: tuple[int, ...] = ()
+    expert: int | None = None
+
+    @property
+    def listed(self) -> str:
+        """What rules and configs call it: all experts of one parameter share its name."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that holds it."""
+        return f"{self.name}.weight" if self.expert is None else self.listed
+
+    @property
+    def holder(self) -> str:
+        """The name of the module that the parameter belongs to."""
+        return self.parameter.rpartition(".")[0]
 
     def matrix(self, module: nn.Module) -> Tensor:
-        """The weight of `module` as an (out, in) view, in the weight's dtype."""
-        weight = module.get_parameter("weight")
+        """The matrix in `module`, the holder, as an (out, in) view in its dtype."""
+        weight: Tensor = module.get_parameter(self.parameter.rpartition(".")[2])
+        if self.expert is not None:
+            weight = weight[self.expert]
         return weight.t() if self.transposed else weight.flatten(1)
 
     def stored(self, matrix: Tensor) -> Tensor:
@@ -65,6 +84,22 @@ def target_of(name: str, module: nn.Module) -> Target | None:
         shape = weight.shape[0], math.prod(weight.shape[1:])
         return Target(name, shape, transposed=False, bias=bias, kernel=tuple(module.kernel_size))
     return None
+
+
+def experts_of(name: str, module: nn.Module, layouts: dict[str, bool]) -> list[Target]:
+    """The experts that a module holds, given which parameters of the model hold any, and whether as (in, out)."""
+    found = []
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if (transposed := layouts.get(f"{name}.{leaf}")) is None:
+            continue
+        count, *shape = parameter.shape
+        outputs, inputs = reversed(shape) if transposed else shape
+        bias = isinstance(getattr(module, f"{leaf}_bias", None), nn.Parameter)
+        found += [
+            Target(f"{name}.{leaf}.{expert}", (outputs, inputs), transposed, bias, expert=expert)
+            for expert in range(count)
+        ]
+    return found
 
 
 def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -106,6 +141,14 @@ def _members_of_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.
 def _is_block(module: nn.Module) -> bool:
     composite = next(module.children(), None) is not None
     return composite and any(target_of("", part) is not None for part in module.modules())
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a model's language part, which most are as a whole."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # it has several
+        return config
 
 
 def class_named(architectures: list[str] | None) -> type[PreTrainedModel] | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmquant import text, tune, verification
 from llmquant.blocks import StreamedModel
@@ -26,6 +27,7 @@ from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
 from llmquant.formats.base import all_finite
+from llmquant.matrices import Target
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
@@ -269,10 +271,12 @@ def _solve_block(
         wanted = [rows[target.name] for target in stage.targets if target.name in rows]
         if not wanted:
             continue
-        stats = None
+        seen: Iterable[tuple[Target, Stats | None]] = ((target, None) for target in stage.targets)
         if streams is not None and stage.targets[0].name in reached:
-            stats = streams.collect(block, stage, swap)
-        for row in wanted:
+            seen = streams.statistics(block, stage, swap)
+        for target, stats in seen:
+            if (row := rows.get(target.name)) is None:
+                continue
             own = stats and replace(stats, curvature=curves.get(row.target.name))
             result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), own)
             results[row.target.name] = result
@@ -299,20 +303,26 @@ def _judged(
         return
     metric = curves.get(prepared.model.block_names[block])
     least = streams.block_error(block, swap, metric)
-    for result in results:
-        rival = result.rival
-        if rival is None:
+    for group in _groups(results):
+        rivals = [result.rival for result in group if result.rival is not None]
+        if not rivals:
             continue
-        _put(prepared, swap, result.row, rival.solution)
+        for rival in rivals:
+            _put(prepared, swap, rival.row, rival.solution)
         error = streams.block_error(block, swap, metric)
         noted = {"name": "two-sided", "error": error, "before": least, "kept": error < least}
-        steps = [*result.report["steps"], noted]
-        if error < least:
-            least = error
-            yield Result(result.row, rival.solution, {**rival.report, "steps": steps})
-        else:
-            _put(prepared, swap, result.row, result.solution)
-            yield Result(result.row, result.solution, {**result.report, "steps": steps})
+        for result in group:
+            chosen = result.rival if error < least and result.rival is not None else result
+            _put(prepared, swap, chosen.row, chosen.solution)
+            steps = [*result.report["steps"], *([] if result.rival is None else [noted])]
+            yield Result(chosen.row, chosen.solution, {**chosen.report, "steps": steps})
+        least = min(error, least)
+
+
+def _groups(results: list[Result]) -> Iterator[list[Result]]:
+    """What is judged at once: each matrix by itself, all experts of a parameter together."""
+    for _, group in groupby(results, key=lambda result: result.row.target.listed):
+        yield list(group)
 
 
 def _solve_outside(prepared: Prepared) -> list[Result]:
@@ -354,6 +364,8 @@ def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, output
         "bits_per_weight": row.format.bits_per_weight(row.target.shape),
         "loss": solution.loss,
     }
+    if row.target.expert is not None:
+        report["expert"] = row.target.expert
     if stats is None or outputs is None:
         return {**report, "error": _ratio(solution.loss, energy(w))}
     error = row.format.decode(solution.codes, solution.grid).sub_(w)
@@ -363,15 +375,15 @@ def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, output
         "output_error": _ratio(solution.loss, outputs),
         "steps": [asdict(step) for step in solution.steps],
         "tokens": stats.tokens,
+        "borrowed": stats.borrowed,
         "dropped": stats.dropped,
     }
 
 
 def _put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
     decoded = row.format.decode(solution.codes, solution.grid).to(prepared.model.dtype)
-    parameter = prepared.model.module(row.target).weight
-    assert isinstance(parameter, nn.Parameter)
-    swap.replace(row.target.name, parameter, row.target.stored(decoded))
+    parameter = prepared.model.model.get_parameter(row.target.parameter)
+    swap.replace(row.target.parameter, parameter, row.target.stored(decoded), row.target.expert)
 
 
 def _save_block(
@@ -391,13 +403,18 @@ def _save_block(
     blocks, in place of the checkpoint's own tensors; noted: of this part, besides the report.
     """
     model = prepared.model
-    quantized = {result.row.key for result in results}
+    quantized = {name for result in results for name in result.row.sources}
     keys = model.outside_keys() if block is None else model.block_keys(block)
     dense = [name for name in keys if name not in quantized]
     tensors = {name: (changed or {}).get(name, own) for name, own in prepared.checkpoint.tensors(dense).items()}
+    experts: dict[str, list[Tensor]] = {}
     for result in results:
         for suffix, tensor in result.row.format.pack(result.solution.codes, result.solution.grid).items():
-            tensors[_stored_name(result.row, suffix)] = tensor.cpu()
+            if result.row.target.expert is None:
+                tensors[_stored_name(result.row, suffix)] = tensor.cpu()
+            else:
+                experts.setdefault(_stored_name(result.row, suffix), []).append(tensor.cpu())
+    tensors |= {name: torch.stack(parts) for name, parts in experts.items()}
 
     def check(read: dict[str, Tensor]) -> dict[str, Any]:
         _check_dense({name: read[name] for name in dense})
@@ -414,7 +431,9 @@ def _stored_name(row: Row, suffix: str) -> str:
 
 
 def _stored(row: Row, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {suffix: tensors[_stored_name(row, suffix)] for suffix in row.format.layout(row.target.shape)}
+    found = {suffix: tensors[_stored_name(row, suffix)] for suffix in row.format.layout(row.target.shape)}
+    expert = row.target.expert
+    return found if expert is None else {suffix: tensor[expert] for suffix, tensor in found.items()}
 
 
 def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from llmquant import formats
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import OutputError, PlanError
+from llmquant.experts import packed_name
 from llmquant.formats import Format
 from llmquant.matrices import Target
 from llmquant.output import free_bytes
@@ -29,10 +30,11 @@ class Row:
 
     block: int | None
     target: Target
-    key: str  # the checkpoint's own name of its weight
+    key: str  # the name of its weight in the folder, which is the checkpoint's own, but for experts
     format: Format
     rule: Rule
     kernel: str
+    sources: tuple[str, ...]  # the checkpoint's tensors that it is made of; all experts of a parameter have the same
 
     @property
     def weights(self) -> int:
@@ -74,10 +76,10 @@ class Plan:
 
     def modules(self) -> dict[str, list[str]]:
         """Format spec -> names of the modules that have it: what the folder's config tells the loader."""
-        found: dict[str, list[str]] = {}
+        found: dict[str, dict[str, None]] = {}
         for row in self.rows:
-            found.setdefault(row.format.spec, []).append(row.target.name)
-        return found
+            found.setdefault(row.format.spec, {})[row.target.listed] = None
+        return {spec: list(names) for spec, names in found.items()}
 
     def to_json(self) -> dict[str, Any]:
         rows = [
@@ -114,12 +116,13 @@ def make_plan(
     kernels: dict[Any, str] = {}
     decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
     rows = tuple(decision for decision in decided if isinstance(decision, Row))
-    kept = tuple(decision for decision in decided if isinstance(decision, Kept))
+    kept = tuple(dict.fromkeys(decision for decision in decided if isinstance(decision, Kept)))
     if not rows:
         reason = f", such as {kept[0].name}: {kept[0].reason}" if kept else ""
         raise PlanError(f"nothing is left to quantize: every module is kept dense{reason}")
     before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-    after = before + sum(row.nbytes - checkpoint.nbytes(row.key) for row in rows)
+    replaced = {name for row in rows for name in row.sources}
+    after = before + sum(row.nbytes for row in rows) - sum(checkpoint.nbytes(name) for name in replaced)
     free = free_bytes(output)
     if free < 1.01 * after:
         raise OutputError(f"{output}: the result needs {after:,} bytes, the disk has {free:,} free: free some space")
@@ -130,7 +133,8 @@ def make_plan(
 def _check_recipe(model: StreamedModel, recipe: Recipe, calibrated: bool) -> None:
     """Raises PlanError where there is nothing that the rules could be about, or what they say cannot be."""
     patterns = {rule.pattern for rule in recipe.rules}
-    names = [name for block in [*range(len(model.block_names)), None] for name in model.targets(block)]
+    blocks = [*range(len(model.block_names)), None]
+    names = [target.listed for block in blocks for target in model.targets(block).values()]
     names = [name for name in names if name not in model.reserved or name in patterns]
     if not names:
         example = next(iter(model.reserved), None)
@@ -145,22 +149,22 @@ def _decide(
     checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, block: int | None, kernels: dict[Any, str]
 ) -> Iterator[Row | Kept]:
     for target in model.targets(block).values():
-        rule = recipe.rule_for(target.name)
-        key = model.source_key(target.name + ".weight")
-        named = rule is not None and rule.pattern == target.name
-        if target.name in model.reserved and not named:
+        name, rule = target.listed, recipe.rule_for(target.listed)
+        sources = tuple(model.source_keys(target))
+        named = rule is not None and rule.pattern == name
+        if name in model.reserved and not named:
             if not model.causal:  # of a causal language model it is the head, as everybody knows
-                yield Kept(target.name, f"{model.reserved[target.name]}: only a rule with its full name changes it")
+                yield Kept(name, f"{model.reserved[name]}: only a rule with its full name changes it")
         elif rule is None or rule.format is None:
-            yield Kept(target.name, "no rule matches it" if rule is None else f"rule {rule.pattern!r} keeps it dense")
-        elif key is None:
-            yield Kept(target.name, "the checkpoint stores it in pieces or merged with others")
+            yield Kept(name, "no rule matches it" if rule is None else f"rule {rule.pattern!r} keeps it dense")
+        elif not sources:
+            yield Kept(name, "the checkpoint stores it in pieces or merged with others")
         # The matrices of a causal language model are about as wide as it is: a format that does not fit one is a
         # mistake. Those of others differ much, down to the nine columns of a depthwise convolution.
         elif not (model.causal or named) and (misfit := _misfit(rule.format, target)):
-            yield Kept(target.name, misfit)
+            yield Kept(name, misfit)
         else:
-            yield _row(checkpoint, model, target, block, key, rule, kernels)
+            yield _row(checkpoint, model, target, block, sources, rule, kernels)
     if block is None:
         return  # embeddings are no surprise
     for name in model.unsupported(block):
@@ -181,12 +185,14 @@ def _row(
     model: StreamedModel,
     target: Target,
     block: int | None,
-    key: str,
+    sources: tuple[str, ...],
     rule: Rule,
     kernels: dict[Any, str],
 ) -> Row:
     assert rule.format is not None
-    dtype = checkpoint.dtype(key)
+    key, dtype = sources[0], checkpoint.dtype(sources[0])
+    if target.expert is not None:
+        key = f"{target.holder}.{packed_name(target.parameter)}.weight"
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise PlanError(f"{key}: holds {dtype}, not float16, bfloat16 or float32: give the unquantized checkpoint")
     fmt = formats.get(rule.format).stored_for(dtype)
@@ -197,7 +203,7 @@ def _row(
     known = (fmt, target.shape)
     if known not in kernels:
         kernels[known] = llmquant_kernels.choose(fmt.facts(target.shape), model.dtype)[0]
-    return Row(block, target, key, fmt, rule, kernels[known])
+    return Row(block, target, key, fmt, rule, kernels[known], sources)
 
 
 def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, ...], tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Stats:
     curvature: Tensor | None = None  # (blocks, b, b): of the loss in the outputs, along the diagonal; of one linear
     tokens: int = 0
     dropped: int = 0
+    borrowed: int = 0  # tokens' worth of what the other experts of the layer saw
     pieces: list[tuple[Tensor, ...]] = field(default_factory=list)  # of held-out tokens
 
     @classmethod
@@ -92,17 +93,42 @@ class Stats:
             None,
             self.tokens + other.tokens,
             self.dropped + other.dropped,
+            self.borrowed + other.borrowed,
             self.pieces + other.pieces,
         )
 
+    def blended(self, everything: Stats, least_held: int) -> Stats:
+        """With what all experts of the layer saw, where this one saw fewer tokens than it has inputs.
+
+        Then its sums have directions without any curvature, in which anything would be free. What is missing to as many
+        tokens as inputs is borrowed, and so are held-out tokens up to `least_held`.
+        """
+        missing = max(0, len(self.hessian) - self.tokens)
+        borrowed = min(missing, everything.tokens)
+        if borrowed:
+            share = borrowed / everything.tokens
+            self.hessian.add_(everything.hessian, alpha=share)
+            self.cross.add_(everything.cross, alpha=share)
+        pieces = [*self.pieces]
+        lacking = least_held - sum(len(piece[0]) for piece in pieces)
+        if lacking > 0 and (held := everything.held) is not None:
+            chosen = torch.linspace(0, len(held.x) - 1, min(lacking, len(held.x))).long().to(held.x.device)
+            pieces.append((held.x[chosen], held.x_ref[chosen]))
+        return replace(self, borrowed=borrowed, pieces=pieces)
+
+    @property
+    def worth(self) -> int:
+        """The tokens that the sums are over, those borrowed included; at least 1."""
+        return max(1, self.tokens + self.borrowed)
+
     def importance(self) -> Tensor:
         """Mean square of every input (in,). Inputs never active weigh a millionth of the mean."""
-        squares = self.hessian.diagonal() / max(1, self.tokens)
+        squares = self.hessian.diagonal() / self.worth
         return squares.clamp_min((1e-6 * squares.mean()).clamp_min(torch.finfo(torch.float32).tiny))
 
     def output_energy(self, w: Tensor) -> float:
         """Mean over tokens of |w x|^2 = tr(w H w^T) / tokens, for w (out, in)."""
-        return float(torch.linalg.vecdot(w @ self.hessian, w).sum(dtype=torch.float64) / max(1, self.tokens))
+        return float(torch.linalg.vecdot(w @ self.hessian, w).sum(dtype=torch.float64) / self.worth)
 
 
 def finite_rows(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import (
     CLIPModel,
     ConvNextConfig,
     ConvNextForImageClassification,
+    DeepseekV3Config,
     DetrConfig,
     DetrForObjectDetection,
     FalconConfig,
@@ -39,6 +40,8 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MarianConfig,
     MarianMTModel,
@@ -46,6 +49,7 @@ from transformers import (
     MixtralConfig,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    NemotronHConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -53,8 +57,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
@@ -98,6 +104,41 @@ _OPT: dict[str, Any] = {
 _FALCON: dict[str, Any] = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 _BLOOM: dict[str, Any] = {**_TOKENS, "hidden_size": 64, "n_layer": 3, "n_head": 4}
 _EXPERTS: dict[str, Any] = {**_HEAD_DIM, "num_experts_per_tok": 2}
+_DEEPSEEK: dict[str, Any] = {
+    **_ONE_HEAD_KIND,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+}
+_QWEN3_NEXT: dict[str, Any] = {
+    **_EXPERTS,
+    "num_hidden_layers": 4,  # the fourth has full attention
+    "num_experts": 4,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 80,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_NEMOTRON: dict[str, Any] = {
+    **{key: value for key, value in _EXPERTS.items() if key != "num_hidden_layers"},
+    "layers_block_type": ["moe", "attention", "moe"],
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 
 def _config(kind: type[PretrainedConfig], defaults: dict[str, Any]) -> Callable[..., PretrainedConfig]:
@@ -125,9 +166,18 @@ ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
 
 MOE: dict[str, Callable[..., PretrainedConfig]] = {
     "mixtral": _config(MixtralConfig, {**_EXPERTS, "num_local_experts": 4}),
-    "qwen3_moe": _config(Qwen3MoeConfig, {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32}),
+    "qwen3_moe": _config(Qwen3MoeConfig, {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 48}),
+    "qwen2_moe": _config(
+        Qwen2MoeConfig,
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80},
+    ),
+    "gpt_oss": _config(GptOssConfig, {**_EXPERTS, "num_local_experts": 4, "sliding_window": 8}),
+    "deepseek_v3": _config(DeepseekV3Config, _DEEPSEEK),
+    "qwen3_next": _config(Qwen3NextConfig, _QWEN3_NEXT),
+    "llama4": _config(Llama4TextConfig, {**_EXPERTS, "num_local_experts": 4, "intermediate_size_mlp": 128}),
+    "nemotron_h": _config(NemotronHConfig, _NEMOTRON),
 }
-"""The same for models with experts."""
+"""The same for models with experts, 4 of which 2 are chosen."""
 
 
 def make_checkpoint(

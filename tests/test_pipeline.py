@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, make_checkpoint
+from architectures import ARCHITECTURES, MOE, make_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -48,27 +48,41 @@ def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> t
     twin = kind.from_pretrained(model)
     for tensor in json.loads((folder / MANIFEST).read_text())["tensors"]:
         base = tensor["key"].removesuffix("weight")
-        fmt = formats.get(tensor["format"])
+        fmt, expert = formats.get(tensor["format"]), tensor.get("expert")
         named = {suffix: stored[base + suffix] for suffix in fmt.layout(tensor["shape"])}
+        if expert is not None:
+            named = {suffix: packed[expert] for suffix, packed in named.items()}
         decoded = fmt.decode(*fmt.unpack(named, tensor["shape"]))
-        weight = twin.get_submodule(tensor["name"]).weight
-        assert isinstance(weight, Tensor)
-        transposed = type(twin.get_submodule(tensor["name"])).__name__ == "Conv1D"
-        weight.data = (decoded.T if transposed else decoded.view(weight.shape)).to(weight.dtype).contiguous()
+        if expert is None:
+            weight = twin.get_submodule(tensor["name"]).weight.data
+            transposed = type(twin.get_submodule(tensor["name"])).__name__ == "Conv1D"
+        else:
+            weight = twin.get_parameter(tensor["name"].rpartition(".")[0]).data[expert]
+            transposed = weight.shape != decoded.shape
+        weight.copy_(decoded.T if transposed else decoded.view(weight.shape))
     return twin
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_loads_with_the_logits_of_the_decoded_weights(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("calibration", [None, SMALL], ids=["fast", "calibrated"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MOE])
+def test_every_architecture_loads_with_the_logits_of_the_decoded_weights(
+    name: str, calibration: pipeline.Calibration | None, tmp_path: Path
+) -> None:
     model = make_checkpoint(tmp_path / "model", name, dtype=torch.float32, max_shard_size="100KB")
-    manifest = quantize(model, tmp_path / "out", "int4:g48", calibration=SMALL)
+    manifest = quantize(
+        model, tmp_path / "out", "int4:g48" if name in ARCHITECTURES else "int4:g16", calibration=calibration
+    )
     assert len(manifest["tensors"]) >= 3 * 4
-    assert not manifest["kept_dense"]
+    assert not [kept for kept in manifest["kept_dense"] if "conv1d" not in kept["name"]]
     ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         expected = dense_twin(model, tmp_path / "out")(ids).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        found = loaded(ids).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        loaded.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(ids).logits, found)
     assert inspection.verify(tmp_path / "out") == []
 
 
