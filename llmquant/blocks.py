@@ -108,6 +108,7 @@ class StreamedModel:
         self.block_names, self._blocks = list(blocks), list(blocks.values())
         self._parameter_of, self._converted, self._split = self._map_names()
         self._keys_of: dict[str, list[str]] = {}
+        self._sources: dict[str, tuple[str, ...]] = {}
         for key, parameter in self._parameter_of.items():
             self._keys_of.setdefault(parameter, []).append(key)
         self._check_on_meta()
@@ -176,17 +177,20 @@ class StreamedModel:
         keys = self._keys_of.get(parameter, [])
         return keys[0] if len(keys) == 1 and parameter not in self._converted else None
 
-    def source_keys(self, target: Target) -> list[str]:
-        """The checkpoint's names of what makes up the parameter of a target, and nothing else; [] where none do.
+    def source_keys(self, target: Target) -> tuple[str, ...]:
+        """The checkpoint's names of what makes up the parameter of a target, and nothing else; () where none do.
 
         The experts of one parameter may be stored one by one, or together.
         """
-        keys = self._keys_of.get(target.parameter, [])
-        if target.expert is None:
-            return keys if self.source_key(target.parameter) else []
-        stored = f"{target.holder}.{packed_name(target.parameter)}.weight_packed"
-        found_as_it_is = self._rename(stored) == (stored, None)
-        return list(keys) if found_as_it_is and target.parameter not in self._split else []
+        if target.parameter not in self._sources:
+            keys = self._keys_of.get(target.parameter, [])
+            if target.expert is None:
+                usable = self.source_key(target.parameter) is not None
+            else:
+                stored = f"{target.holder}.{packed_name(target.parameter)}.weight_packed"
+                usable = target.parameter not in self._split and self._rename(stored) == (stored, None)
+            self._sources[target.parameter] = tuple(keys) if usable else ()
+        return self._sources[target.parameter]
 
     # ---------------------------------------------------------------------------------------- loading and freeing
 

@@ -337,7 +337,8 @@ def _verify_layer(name: str, layer: QuantModule) -> None:
         _check_spec(f"{name}.{suffix}", _spec(buffer), spec)
         if suffix == "weight_shape" and (buffer.cpu() != torch.tensor(layer.matrix_shape)).any():
             raise VerificationError(
-                f"{name}.{suffix} says {buffer.tolist()}, but the layer is {list(layer.matrix_shape)} (out, in): {REMEDY}"
+                f"{name}.{suffix} says {buffer.tolist()}, but the layer is {list(layer.matrix_shape)} (out, in): "
+                f"{REMEDY}"
             )
         if spec.dtype.is_floating_point and not torch.isfinite(buffer.float()).all():
             raise VerificationError(f"{name}.{suffix} holds values that are not finite: {REMEDY}")

@@ -150,7 +150,7 @@ def _decide(
 ) -> Iterator[Row | Kept]:
     for target in model.targets(block).values():
         name, rule = target.listed, recipe.rule_for(target.listed)
-        sources = tuple(model.source_keys(target))
+        sources = model.source_keys(target)
         named = rule is not None and rule.pattern == name
         if name in model.reserved and not named:
             if not model.causal:  # of a causal language model it is the head, as everybody knows

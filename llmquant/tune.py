@@ -139,7 +139,13 @@ def _batches(indices: Tensor, batch: int, steps: int, seed: int) -> Iterator[Ten
 @contextmanager
 def _in_place(model: StreamedModel, taught: list[_Levels], moved: dict[str, _Moved]) -> Iterator[None]:
     """The model computes with what is trained instead of its own weights."""
-    places: list[tuple[nn.Module, str, _Trained]] = [(model.module(part.target), "weight", part) for part in taught]
+    of_parameter: dict[str, list[_Levels]] = {}
+    for levels in taught:
+        of_parameter.setdefault(levels.target.parameter, []).append(levels)
+    places: list[tuple[nn.Module, str, _Trained]] = []
+    for full_name, parts in of_parameter.items():
+        trained = parts[0] if parts[0].target.expert is None else _Stack(parts)
+        places.append((model.module(parts[0].target), full_name.rpartition(".")[2], trained))
     for full_name, vector in moved.items():
         owner, _, own = full_name.rpartition(".")
         places.append((model.model.get_submodule(owner), own, vector))
@@ -179,9 +185,10 @@ class _Run:
         return total / self.windows[chosen].numel()
 
     def _hidden(self, chosen: Tensor) -> Tensor:
-        hidden, calls = self.model.embed(self.windows[chosen].to(self.model.device))
-        for block, call in enumerate(calls):
-            hidden = self.model.run_block(block, hidden, call)
+        with parametrize.cached():  # a module may look at its parameter once for every expert
+            hidden, calls = self.model.embed(self.windows[chosen].to(self.model.device))
+            for block, call in enumerate(calls):
+                hidden = self.model.run_block(block, hidden, call)
         return hidden
 
     def _losses(self, chosen: Tensor, hidden: Tensor) -> Iterator[Tensor]:
@@ -307,6 +314,17 @@ class _Decode(torch.autograd.Function):
             of_scale = of_scale.sum(0, keepdim=True)
         of_shift = gradient * scale.repeat_interleave(ctx.group, dim=1)[:, :columns] * unit
         return of_shift, of_scale, None, None, None, None
+
+
+class _Stack(_Trained):
+    """The experts of one parameter."""
+
+    def __init__(self, parts: list[_Levels]) -> None:
+        super().__init__()
+        self.experts = parts
+
+    def value(self) -> Tensor:
+        return torch.stack([expert.value() for expert in self.experts])
 
 
 class _Moved(_Trained):

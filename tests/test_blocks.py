@@ -112,8 +112,9 @@ def test_logits_tied_bfloat16(tmp_path: Path, name: str) -> None:
     folder = make_checkpoint(tmp_path, name, tied=True, dtype=torch.bfloat16)
     model = StreamedModel(Folder(folder))
     logits = streamed_logits(model, text())
-    assert model.dtype == logits.dtype == torch.bfloat16
-    assert torch.equal(logits, whole_logits(folder, text()))
+    expected = whole_logits(folder, text())
+    assert (model.dtype, logits.dtype) == (torch.bfloat16, expected.dtype)
+    assert torch.equal(logits, expected)
     assert model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
 
 
@@ -345,15 +346,47 @@ def test_targets_of_gpt2_are_transposed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_every_matrix_is_a_target_or_reported(tmp_path: Path, name: str) -> None:
     model = StreamedModel(Folder(make_checkpoint(tmp_path, name, max_shard_size="100KB")))
+    routers = 0
     for block, block_name in enumerate(model.block_names):
-        matrices = [n for n, p in model.model.get_submodule(block_name).named_parameters() if p.ndim >= 2]
-        routers = [f"{block_name}.{n}" for n in matrices if "gate.weight" in n] if name in MOE else []
-        found = [f"{target}.weight" for target in model.targets(block)] + model.unsupported(block) + routers
-        assert sorted(found) == sorted(f"{block_name}.{n}" for n in matrices)
-        assert bool(model.unsupported(block)) == bool(routers) == (name in MOE)
-    keys = [*model.outside_keys(), *(key for block in range(3) for key in model.block_keys(block))]
+        module = model.model.get_submodule(block_name)
+        matrices = [f"{block_name}.{n}" for n, p in module.named_parameters() if p.ndim >= 2]
+        found = {target.parameter for target in model.targets(block).values()} | {*model.unsupported(block)}
+        left = {part for part in {*matrices} - found if not part.endswith("_bias")}  # of experts, one row each
+        assert found <= {*matrices}
+        assert all(part.rsplit(".", 2)[1] in ("gate", "router", "shared_expert_gate") for part in left)
+        assert all("conv1d" in part for part in model.unsupported(block))
+        routers += len(left)
+    assert bool(routers) == (name in MOE)
+    blocks = range(len(model.block_names))
+    keys = [*model.outside_keys(), *(key for block in blocks for key in model.block_keys(block))]
     assert sorted(keys) == sorted(model.checkpoint.names())
-    assert all(f".{block}." in key for block in range(3) for key in model.block_keys(block))
+    assert all(f".{block}." in key for block in blocks for key in model.block_keys(block))
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts_are_targets(tmp_path: Path, name: str) -> None:
+    """Every expert of every parameter that holds some, as (out, in) whichever way it lies there."""
+    folder = make_checkpoint(tmp_path, name, dtype=torch.float32)
+    model = StreamedModel(Folder(folder))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    held = {name: value for name, value in whole.named_parameters() if value.ndim == 3 and "conv1d" not in name}
+    found: dict[str, list[Target]] = {}
+    for block in range(len(model.block_names)):
+        module = model.load_block(block)
+        for target in model.targets(block).values():
+            if target.expert is not None:
+                found.setdefault(target.parameter, []).append(target)
+                inner = module.get_submodule(target.holder.removeprefix(f"{model.block_names[block]}."))
+                stored = held[target.parameter][target.expert]
+                assert target.matrix(inner).shape == target.shape
+                assert torch.equal(target.matrix(inner), stored.T if target.transposed else stored)
+                assert torch.equal(target.stored(target.matrix(inner)), stored)
+                # One side of every first matrix is the hidden size, and it is the inner one; of every last, the outer.
+                first = "down" not in target.parameter
+                assert target.shape[1 if first else 0] == 64
+        model.unload_block(block)
+    assert found.keys() == held.keys()
+    assert all([target.expert for target in targets] == [0, 1, 2, 3] for targets in found.values())
 
 
 def test_a_linear_router_is_no_target() -> None:
@@ -361,6 +394,7 @@ def test_a_linear_router_is_no_target() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.gate = torch.nn.Linear(8, 4)
+            self.shared_gate = torch.nn.Linear(8, 1)
             self.shared = torch.nn.Linear(8, 16)
             self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
 
@@ -368,7 +402,7 @@ def test_a_linear_router_is_no_target() -> None:
     block = torch.nn.ModuleDict({"attention": torch.nn.Linear(8, 4), "mlp": Experts()})
     model.config = MOE["mixtral"]()
     model.block_names = ["layers.0"]
-    model._blocks, model._tied, model.causal = [block], set(), True
+    model._blocks, model._tied, model.causal, model._layouts = [block], set(), True, {}
     assert [name.removeprefix("layers.0.") for name in model.targets(0)] == [
         "attention",
         "mlp.shared",
@@ -390,6 +424,9 @@ def test_source_keys(tmp_path: Path) -> None:
     assert gpt2.source_key(name) == name
     mixtral = StreamedModel(Folder(make_checkpoint(tmp_path / "mixtral", "mixtral")))
     assert mixtral.source_key("model.layers.0.mlp.experts.gate_up_proj") is None
+    names = "model.layers.0.block_sparse_moe.experts.{}.w{}.weight"
+    expert = mixtral.targets(0)["model.layers.0.mlp.experts.gate_up_proj.2"]
+    assert {*mixtral.source_keys(expert)} == {names.format(number, w) for number in range(4) for w in (1, 3)}
     assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in mixtral.block_keys(0)
     assert mixtral.source_key("model.layers.0.mlp.gate.weight") == "model.layers.0.block_sparse_moe.gate.weight"
 

@@ -158,10 +158,11 @@ def test_every_architecture(name: str, make: Callable[..., Folders]) -> None:
 @pytest.mark.parametrize("name", MOE)
 def test_experts_may_stay_dense(name: str, make: Callable[..., Folders]) -> None:
     """They are renamed and merged while loading, and cast all the same."""
-    folders = make(name, lambda module: "int4:g32:bf16" if "attn" in module else None, dtype=torch.bfloat16)
+    folders = make(name, lambda module: "int4:g16:bf16" if "attn" in module else None, dtype=torch.bfloat16)
     for dtype in (torch.float32, torch.float16):
         model = assert_serves(folders, 1e-5 if dtype == torch.float32 else 0.05, dtype=dtype)
-        assert {p.dtype for p in model.parameters()} == {dtype}
+        kept = {name: p.dtype for name, p in load(folders.dense, dtype=dtype).named_parameters()}
+        assert {name: p.dtype for name, p in model.named_parameters()}.items() <= kept.items()
 
 
 @pytest.mark.parametrize(

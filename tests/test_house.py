@@ -49,6 +49,7 @@ FORBIDDEN = {
     "checkpoint": [*WRITING, "output", "hf", "linear", "formats", "metrics"],
     "output": [*sorted({*WRITING} - {"output"}), "hf", "linear", "formats", "metrics"],
     "blocks": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
+    "experts": [*WRITING, "matrices", "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "tune": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
