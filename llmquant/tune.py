@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
-from llmquant.blocks import StreamedModel
+from llmquant.blocks import Call, StreamedModel
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import gaps
 from llmquant.matrices import Target
@@ -47,11 +48,35 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Rates:
-    """Adam's rates, per step: of shifts in units of levels, of the logarithms of scales, and of vectors."""
+    """Adam's rates, per step: of shifts, of which 0 leaves all codes as they are, of stretches and of deltas."""
 
     shift: float = 1e-2
     stretch: float = 1e-3
     delta: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Means:
+    """How a model is trained with the memory there is, and the bytes that it takes."""
+
+    shifts: bool
+    recompute: bool
+    nbytes: int
+
+    @classmethod
+    def within(cls, room: int, *, weights: int, features: int, blocks: int, tokens: int, itemsize: int) -> Means:
+        """The best of what fits into `room` bytes, or what takes the least.
+
+        weights: of all matrices; features: the sum of their rows and columns; tokens: of one batch; itemsize: of a
+        weight in memory.
+        """
+        ways = []
+        for shifts in (True, False):  # center, shift, its gradient, two moments of Adam, the best: float32; the place
+            for recompute in (False, True):
+                kept = (weights + 2 * features * tokens) * itemsize  # decoded weights, and what enters and leaves them
+                own = weights * (itemsize + (6 * 4 + 1 if shifts else 1))
+                ways.append(cls(shifts, recompute, own + (2 * kept // blocks if recompute else kept) + 4 * CHUNK_BYTES))
+        return next((way for way in ways if way.nbytes <= room), ways[-1])
 
 
 @dataclass(frozen=True)
@@ -80,21 +105,23 @@ def tune(
     batch: int = 8,
     seed: int = 0,
     rates: Rates = Rates(),
+    recompute: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuned:
     """Train on windows (n, length) int64 where `held` (n,) bool is false, and judge on the others.
 
     vectors: name in memory -> stored type, of those that are trained. wanted (n, length, hidden): what leaves the last
     block of the original for those windows. The original must be loaded as a whole: every block, and what lies outside.
+    recompute: on the way back every block is run again, instead of keeping all that happened in it.
     """
-    taught = [_Levels(matrix, model.dtype) for matrix in matrices]
+    taught = [_Levels(matrix, model.dtype, shifting=rates.shift > 0) for matrix in matrices]
     moved = {name: _Moved(model.model.get_parameter(name), dtype) for name, dtype in vectors.items()}
     groups = (
-        ([part.shift for part in taught], rates.shift),
+        ([part.shift for part in taught if part.shift is not None], rates.shift),
         ([part.stretch for part in taught], rates.stretch),
         ([part.delta for part in moved.values()], rates.delta),
     )
-    run = _Run(model, windows, wanted, batch)
+    run = _Run(model, windows, wanted, batch, recompute)
     trained, judged = torch.where(~held)[0], torch.where(held)[0]
     parameters = [parameter for group, _ in groups for parameter in group]
     best, divergences = [parameter.detach().clone() for parameter in parameters], []
@@ -162,8 +189,9 @@ def _in_place(model: StreamedModel, taught: list[_Levels], moved: dict[str, _Mov
 class _Run:
     """The whole model on some of the windows."""
 
-    def __init__(self, model: StreamedModel, windows: Tensor, wanted: Tensor, batch: int) -> None:
-        self.model, self.windows, self.wanted, self.batch = model, windows, wanted, batch
+    def __init__(self, model: StreamedModel, windows: Tensor, wanted: Tensor, batch: int, recompute: bool) -> None:
+        self.model, self.windows, self.wanted = model, windows, wanted
+        self.batch, self.recompute = batch, recompute
         vocabulary = model.config.get_text_config().vocab_size
         self.tokens = max(1, CHUNK_BYTES // (4 * vocabulary))
 
@@ -185,11 +213,17 @@ class _Run:
         return total / self.windows[chosen].numel()
 
     def _hidden(self, chosen: Tensor) -> Tensor:
-        with parametrize.cached():  # a module may look at its parameter once for every expert
-            hidden, calls = self.model.embed(self.windows[chosen].to(self.model.device))
-            for block, call in enumerate(calls):
-                hidden = self.model.run_block(block, hidden, call)
+        hidden, calls = self.model.embed(self.windows[chosen].to(self.model.device))
+        for block, call in enumerate(calls):
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(self._through, block, hidden, call, use_reentrant=False)
+            else:
+                hidden = self._through(block, hidden, call)
         return hidden
+
+    def _through(self, block: int, hidden: Tensor, call: Call) -> Tensor:
+        with parametrize.cached():  # a module may look at its parameter once for every expert
+            return self.model.run_block(block, hidden, call)
 
     def _losses(self, chosen: Tensor, hidden: Tensor) -> Iterator[Tensor]:
         """The divergence summed over the tokens of one piece after the other: not all logits exist at once."""
@@ -230,20 +264,23 @@ def _original(model: StreamedModel) -> Iterator[None]:
 class _Levels(_Trained):
     """A weight: the levels nearest to where they were plus `shift`, times stretched scales."""
 
-    def __init__(self, matrix: Matrix, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: Matrix, dtype: torch.dtype, shifting: bool) -> None:
         super().__init__()
         self.start, self.target, self.dtype = matrix, matrix.target, dtype
         lattice = matrix.format.lattice(matrix.grid)
         self.lattice, self.group = lattice, lattice.group
-        levels = lattice.levels.expand(len(matrix.codes), -1)
         places = _places_of(matrix.codes, lattice.codes)
+        self.stretch = nn.Parameter(torch.zeros_like(matrix.grid.scale))
+        self.shift: nn.Parameter | None = None
+        if not shifting:
+            self.fixed = places.to(torch.uint8)
+            return
         self.unit = gaps(lattice.levels)
         self.middles = ((lattice.levels[:, 1:] + lattice.levels[:, :-1]) / 2).contiguous()
-        self.center = levels.gather(1, places)
+        self.center = lattice.levels.expand(len(places), -1).gather(1, places)
         if matrix.lean is not None:
             self.center += self._within(matrix.lean.float() * self.unit, places)
         self.shift = nn.Parameter(torch.zeros_like(self.center))
-        self.stretch = nn.Parameter(torch.zeros_like(matrix.grid.scale))
 
     def _within(self, lean: Tensor, places: Tensor) -> Tensor:
         """As much of the lean as leaves the level the nearest."""
@@ -254,11 +291,18 @@ class _Levels(_Trained):
         return torch.minimum(torch.maximum(lean, -below), above)
 
     def places(self) -> Tensor:
-        """Which levels are nearest (out, in)."""
+        """Which levels are nearest (out, in) uint8."""
+        if self.shift is None:
+            return self.fixed
         wanted = self.center + self.shift * self.unit
         if len(self.middles) == 1:
-            return torch.bucketize(wanted, self.middles[0])
-        return torch.searchsorted(self.middles, wanted)
+            return torch.bucketize(wanted, self.middles[0], out_int32=True).to(torch.uint8)
+        return torch.searchsorted(self.middles, wanted, out_int32=True).to(torch.uint8)
+
+    def steps(self, places: Tensor) -> Tensor:
+        """What the scale multiplies (out, in)."""
+        steps = self.lattice.levels.expand(len(places), -1).gather(1, places.long())
+        return steps if self.lattice.zero is None else steps.sub_(self.wide(self.lattice.zero))
 
     def scale(self) -> Tensor:
         """The stretched scales as the file will hold them."""
@@ -269,22 +313,20 @@ class _Levels(_Trained):
     def value(self) -> Tensor:
         with torch.no_grad():
             places, scale = self.places(), self.scale()
-            steps = self.lattice.levels.expand(len(places), -1).gather(1, places)
-            if self.lattice.zero is not None:
-                steps -= self._wide(self.lattice.zero)
-        w = _Decode.apply(self.shift, self.stretch, steps, scale, self.unit, self.group)
+        w = _Decode.apply(self.shift, self.stretch, places, scale, self)
         if self.lattice.offset is not None:
-            w = w + self._wide(self.lattice.offset)
+            w = w + self.wide(self.lattice.offset)
         return self.target.stored(w.to(self.dtype))
 
-    def _wide(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(self.group, dim=1)[:, : self.center.shape[1]]
+    def wide(self, values: Tensor) -> Tensor:
+        """(out or 1, groups) -> (out or 1, in)"""
+        return values.repeat_interleave(self.group, dim=1)[:, : self.target.shape[1]]
 
     @torch.no_grad()
     def matrix(self) -> Matrix:
         """As it is now."""
         grid = replace(self.start.grid, scale=self.scale())
-        return replace(self.start, codes=self.lattice.codes[self.places()], grid=grid)
+        return replace(self.start, codes=self.lattice.codes[self.places().int()], grid=grid)
 
 
 def _places_of(codes: Tensor, known: Tensor) -> Tensor:
@@ -294,26 +336,29 @@ def _places_of(codes: Tensor, known: Tensor) -> Tensor:
 
 
 class _Decode(torch.autograd.Function):
-    """steps * scale, as if steps were shift * unit plus a constant, and scale exp(stretch) times one."""
+    """Levels times scales, as if levels were shift * unit plus a constant, and scales exp(stretch) times one.
+
+    Kept for the way back are a byte for every weight, and the scales.
+    """
 
     @staticmethod
-    def forward(ctx: Any, shift: Tensor, stretch: Tensor, *constants: Any) -> Tensor:
-        steps, scale, unit, group = constants
-        ctx.save_for_backward(steps, scale, unit)
-        ctx.group = group
-        return steps * scale.repeat_interleave(group, dim=1)[:, : steps.shape[1]]
+    def forward(
+        ctx: Any, shift: Tensor | None, stretch: Tensor, places: Tensor, scale: Tensor, part: _Levels
+    ) -> Tensor:
+        ctx.save_for_backward(places, scale)
+        ctx.part = part
+        return part.steps(places).mul_(part.wide(scale))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        steps, scale, unit = ctx.saved_tensors
-        (gradient,) = gradients
-        columns, groups = steps.shape[1], scale.shape[1]
-        of_scale = nn.functional.pad(gradient * steps, (0, groups * ctx.group - columns))
-        of_scale = of_scale.unflatten(1, (groups, ctx.group)).sum(-1) * scale
+        (places, scale), part, (gradient,) = ctx.saved_tensors, ctx.part, gradients
+        columns, groups = places.shape[1], scale.shape[1]
+        of_scale = nn.functional.pad(part.steps(places).mul_(gradient), (0, groups * part.group - columns))
+        of_scale = of_scale.unflatten(1, (groups, part.group)).sum(-1) * scale
         if len(scale) == 1:
             of_scale = of_scale.sum(0, keepdim=True)
-        of_shift = gradient * scale.repeat_interleave(ctx.group, dim=1)[:, :columns] * unit
-        return of_shift, of_scale, None, None, None, None
+        of_shift = gradient * part.wide(scale) * part.unit if ctx.needs_input_grad[0] else None
+        return of_shift, of_scale, None, None, None
 
 
 class _Stack(_Trained):

@@ -123,6 +123,17 @@ def test_gradients_are_those_of_the_divergence_in_weights_and_vectors(
         torch.testing.assert_close(delta, gradient, rtol=1e-3, atol=1e-7)
 
 
+def test_blocks_run_again_give_the_same_and_codes_stay_without_shifts(tmp_path: Path) -> None:
+    given = whole(make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32), "int2:g32")
+    plain = given.tune(steps=4, rates=Rates(0.0, 1e-2, 1e-2))
+    again = given.tune(steps=4, rates=Rates(0.0, 1e-2, 1e-2), recompute=True)
+    assert plain.divergences == again.divergences
+    assert plain.kept
+    for found, begun in zip(plain.matrices, given.matrices, strict=True):
+        assert torch.equal(found.codes, begun.codes)
+        assert not found.grid.equals(begun.grid)
+
+
 def test_what_is_reported_is_what_was_found_on_tokens_held_out(tmp_path: Path) -> None:
     given = whole(make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32), "int2:g32")
     tuned = given.tune(steps=30, rates=Rates(1e-2, 1e-2, 1e-2))
