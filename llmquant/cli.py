@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from llmquant.errors import LlmquantError, PlanError, VerificationError
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 wrong command line; 3 the model cannot be read; 4 the plan cannot be "
     "carried out; 5 the output folder cannot be used; 6 calibration or evaluation text cannot be used; 7 verification "
-    "failed; 130 interrupted."
+    "failed; 8 done, but numbers went wrong in places, and the summary says what was done about it; 130 interrupted."
 )
 app = typer.Typer(
     help="Quantize the weights of a large language model, load it, and measure what was lost.",
@@ -34,6 +36,7 @@ app = typer.Typer(
 out = Console()
 notes = Console(stderr=True)
 INTERRUPTED = 130
+RECOVERED = 8
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or a hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -180,6 +183,8 @@ def quantize(
     if evaluation:
         summary["evaluation"] = _measure(str(folder), model, *evaluation, "float32", trust_remote_code)
     _print_summary(summary, manifest, as_json)
+    if manifest["recoveries"]:
+        raise typer.Exit(RECOVERED)
 
 
 def _default_device() -> str:
@@ -204,13 +209,13 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         print(json.dumps(plan.to_json()))
         return
     table = Table("tensor", "shape", "format", "bits/weight", "kernel on CPU", box=None)
-    for row in plan.rows:
-        shape = row.target.shape
-        bits = row.format.bits_per_weight(shape)
-        table.add_row(row.target.name, f"{shape[0]}x{shape[1]}", row.format.spec, f"{bits:.3f}", row.kernel)
+    for name, group in groupby(plan.rows, key=lambda row: row.target.listed):
+        row, *others = group
+        shape = "x".join(map(str, [*([len(others) + 1] if row.target.expert is not None else []), *row.target.shape]))
+        bits = row.format.bits_per_weight(row.target.shape)
+        table.add_row(name, shape, row.format.spec, f"{bits:.3f}", row.kernel)
     out.print(table)
-    for kept in plan.kept:
-        out.print(f"kept dense: {kept.name}: {kept.reason}", highlight=False, markup=False, soft_wrap=True)
+    _print_alike("kept dense", [(kept.name, kept.reason) for kept in plan.kept])
     out.print(
         f"\nsize {_size(plan.bytes_before)} -> {_size(plan.bytes_after)} "
         f"({plan.bytes_before / plan.bytes_after:.2f}x), {plan.bits_per_weight:.3f} bits per quantized weight\n"
@@ -221,9 +226,20 @@ def _print_plan(plan: Any, as_json: bool) -> None:
     )
 
 
+def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
+    """(name, reason), a line for all names that differ in their numbers only."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, reason in found:
+        alike.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    for (pattern, reason), names in alike.items():
+        name = names[0] if len(names) == 1 else f"{pattern} ({len(names)} of them)"
+        out.print(f"{what}: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
+    summary |= {key: manifest[key] for key in ("recoveries", "experts") if manifest.get(key)}
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
     return summary
@@ -245,8 +261,16 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         first, least = tuning["divergences"][0][1], min(kl for _, kl in tuning["divergences"])
         verdict = "kept" if tuning["kept"] else "not kept"
         out.print(f"tuning {verdict}: KL on held-out tokens {first:.4g} -> {least:.4g}", highlight=False)
-    for kept in manifest["kept_dense"]:
-        out.print(f"kept dense: {kept['name']}: {kept['reason']}", highlight=False, markup=False, soft_wrap=True)
+    _print_alike("kept dense", [(kept["name"], kept["reason"]) for kept in manifest["kept_dense"]])
+    _print_alike("recovered", [(found["name"], found["what"]) for found in manifest["recoveries"]])
+    if experts := manifest.get("experts"):
+        out.print(
+            f"experts: {experts['matrices']} matrices saw {experts['least_tokens']} to {experts['most_tokens']} tokens "
+            f"each, half of them {experts['median_tokens']} or more; {experts['blended']} borrowed from the others of "
+            f"their layer, {experts['unreached']} of which saw none",
+            highlight=False,
+            soft_wrap=True,
+        )
     before, after = summary["bytes_before"], summary["bytes_after"]
     out.print(
         f"\n{summary['output']}: {_size(before)} -> {_size(after)} ({before / after:.2f}x), "

@@ -9,7 +9,8 @@
     ├── DataError            6  calibration or evaluation text cannot be used: empty, too short, unreadable
     └── VerificationError    7  what was read back is not what was written, or a loaded folder is incomplete
 
-0 is success, 1 an unexpected failure (a bug: please report it), 2 a wrong command line, 130 an interrupt.
+0 is success, 1 an unexpected failure (a bug: please report it), 2 a wrong command line, 8 success with recoveries
+(recovery.py), 130 an interrupt.
 """
 
 from __future__ import annotations

@@ -50,8 +50,11 @@ def _is_tensor(entry: Any) -> bool:
         entry.get("shape"),
         [entry.get("error"), entry.get("bits_per_weight"), entry.get("output_error", 0)],
     )
+    expert = entry.get("expert", 0)
     return (
-        isinstance(shape, list)
+        isinstance(expert, int)
+        and expert >= 0
+        and isinstance(shape, list)
         and len(shape) == 2
         and all(isinstance(size, int) and 0 < size < 2**31 for size in shape)
         and all(isinstance(figure, int | float) and math.isfinite(figure) for figure in figures)
@@ -95,6 +98,7 @@ def _decode(checkpoint: Checkpoint, tensor: dict[str, Any]) -> list[str]:
         for suffix, spec in layout.items()
         if checkpoint.dtype(base + suffix) != spec.dtype
         or checkpoint.shape(base + suffix)[0 if expert is None else 1 :] != spec.shape
+        or (expert is not None and expert >= checkpoint.shape(base + suffix)[0])
     ]
     if wrong:
         return wrong

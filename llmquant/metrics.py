@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from llmquant import formats
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import CheckpointError, DataError, VerificationError
+from llmquant.experts import packed_name
 from llmquant.formats import Format
 from llmquant.text import Progress, evaluating
 
@@ -343,7 +344,11 @@ def stored_size(folder: Path) -> StoredSize:
     """
     checkpoint = Checkpoint(folder)
     config = checkpoint.config()
-    modules = quantized_modules(config, folder)
+    names, modules = set(checkpoint.names()), quantized_modules(config, folder)
+    for name in list(modules):  # of experts, the name of what holds them
+        packed = f"{name.rpartition('.')[0]}.{packed_name(name)}"
+        if f"{packed}.weight_packed" in names or f"{packed}.weight" in names:
+            modules[packed] = modules.pop(name)
     groups: dict[str, list[str]] = {module: [] for module in modules}
     dense: list[str] = []
     for name in checkpoint.names():
@@ -381,7 +386,8 @@ def quantized_modules(config: dict[str, Any], folder: Path) -> dict[str, Format]
 def _weights_of(module: str, fmt: Format, names: list[str], checkpoint: Checkpoint) -> int:
     """How many weights a quantized module stands for: as its `weight_shape` says, else as many as its bytes hold."""
     if f"{module}.weight_shape" in names:
-        return math.prod(checkpoint.tensors([f"{module}.weight_shape"])[f"{module}.weight_shape"].tolist())
+        shape = checkpoint.tensors([f"{module}.weight_shape"])[f"{module}.weight_shape"]
+        return int(shape.prod(-1).sum())  # of experts, one row each
     shapes = {name.removeprefix(f"{module}."): checkpoint.shape(name) for name in names}
     if not {"weight", "weight_packed"} & set(shapes):
         raise CheckpointError(f"{checkpoint.folder}: {module} is listed as quantized, but its weight is not stored")

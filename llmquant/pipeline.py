@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import text, tune, verification
+from llmquant import recovery, text, tune, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
@@ -31,7 +31,7 @@ from llmquant.matrices import Target
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
-from llmquant.solvers import CALIBRATED, SOLVERS, Solution
+from llmquant.solvers import Solution
 from llmquant.stats import Stats, energy
 from llmquant.verification import Verification
 from llmquant.version import __version__
@@ -339,19 +339,18 @@ def _solve_outside(prepared: Prepared) -> list[Result]:
 def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     """weight (out, in) in the model's type."""
     w = weight.float()
-    name, options = row.rule.solver, row.rule.options
-    if stats is None and name in CALIBRATED:  # no token came through it: it lies outside the blocks, or idles
-        name, options = "rtn", {key: value for key, value in options.items() if key == "clip"}
     try:
-        solution = SOLVERS[name](w, stats, row.format, **options)
+        solution, name, noted = recovery.solve(
+            w, stats, row.format, row.rule.solver, row.rule.options, calibrated=row.block is not None
+        )
     except LlmquantError as error:
         raise type(error)(f"{row.key}: {error}") from None
     outputs = None if stats is None else stats.output_energy(w)  # as dear as a step of the solver, and wanted twice
+    facts = {"solver": name, **({"recoveries": noted} if noted else {})}
     rival = None
     if solution.rival is not None:
-        report = {**_report(row, w, solution.rival, stats, outputs), "solver": name}
-        rival = Result(row, solution.rival, report)
-    return Result(row, solution, {**_report(row, w, solution, stats, outputs), "solver": name}, rival)
+        rival = Result(row, solution.rival, {**_report(row, w, solution.rival, stats, outputs), **facts})
+    return Result(row, solution, {**_report(row, w, solution, stats, outputs), **facts}, rival)
 
 
 def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outputs: float | None) -> dict[str, Any]:
@@ -555,9 +554,7 @@ def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matr
 # ---- the end
 
 
-def _verify(
-    prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress
-) -> Verification:
+def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress) -> Verification:
     """On a few held-out windows, or on random tokens where there is no text."""
     windows = verification.random_windows(prepared.model, seed=prepared.job.seed)
     if prepared.job.calibration is not None:
@@ -566,7 +563,7 @@ def _verify(
         folder.partial,
         prepared.model,
         windows,
-        manifest=manifest,
+        noted=verification.noted_errors(manifest["tensors"]),
         trust_remote_code=prepared.job.trust_remote_code,
         progress=progress,
     )
@@ -600,5 +597,7 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
         "kept_dense": [asdict(kept) for kept in plan.kept],
+        "recoveries": recovery.of_run(reports),
+        **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
         "tensors": reports,
     }

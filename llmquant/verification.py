@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,8 @@ from torch import Tensor
 from llmquant.blocks import Call, StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError, VerificationError
-from llmquant.formats import Format
+from llmquant.experts import packed_name
+from llmquant.formats import Format, TensorSpec
 from llmquant.matrices import Target
 from llmquant.metrics import Divergence, Tally, quantized_modules
 from llmquant.stats import energy
@@ -105,46 +106,91 @@ class Decoded:
         self._reference = reference
         self._stored = Checkpoint(folder)
         self.matrices: dict[str, tuple[Format, Target]] = {}  # by the checkpoint's name of the dense weight
-        parts = [*range(len(reference.block_names)), None]
-        targets = {name: target for part in parts for name, target in reference.targets(part).items()}
+        self.experts: dict[str, tuple[Format, list[Target]]] = {}  # by the name in memory of what holds them
+        targets: dict[str, list[Target]] = {}
+        for part in [*range(len(reference.block_names)), None]:
+            for target in reference.targets(part).values():
+                targets.setdefault(target.listed, []).append(target)
         for name, fmt in quantized_modules(self._stored.config(), folder).items():
-            key = reference.source_key(f"{name}.weight")
-            if name not in targets or key is None:
+            keys = reference.source_keys(targets[name][0]) if name in targets else ()
+            if not keys:
                 raise VerificationError(f"{folder}: {name} is quantized, but the reference has no such matrix")
-            self.matrices[key] = fmt, targets[name]
-        if not self.matrices:
+            if targets[name][0].expert is None:
+                self.matrices[keys[0]] = fmt, targets[name][0]
+            else:
+                self.experts[name] = fmt, targets[name]
+        if not self.matrices and not self.experts:
             raise VerificationError(f"{folder}: holds no quantized matrix of llmquant's")
-        pieces = {piece for key in self.matrices for piece in self._pieces(key)}
+        # The original's own tensors stand for the experts until `fill` has the model.
+        self._original = {key: None for _, stack in self.experts.values() for key in reference.source_keys(stack[0])}
+        layouts = [self._layout(key) for key in self.matrices] + [self._stacked(name) for name in self.experts]
+        pieces = {piece: spec for layout in layouts for piece, spec in layout.items()}
         self._dense = [name for name in self._stored.names() if name not in pieces]
-        self._check_layouts()
+        self._check_layouts(pieces)
 
     def _pieces(self, key: str) -> dict[str, str]:
         """The folder's name of each stored part of a matrix -> its suffix."""
         fmt, target = self.matrices[key]
         return {key.removesuffix("weight") + suffix: suffix for suffix in fmt.layout(target.shape)}
 
-    def _check_layouts(self) -> None:
+    def _layout(self, key: str) -> dict[str, TensorSpec]:
+        fmt, target = self.matrices[key]
+        layout = fmt.layout(target.shape)
+        return {piece: layout[suffix] for piece, suffix in self._pieces(key).items()}
+
+    def _stacked(self, name: str) -> dict[str, TensorSpec]:
+        """The folder's name of each stored part of the experts of a parameter -> what it should be."""
+        fmt, stack = self.experts[name]
+        base, layout = f"{stack[0].holder}.{packed_name(name)}.", fmt.layout(stack[0].shape)
+        return {base + suffix: TensorSpec((len(stack), *one.shape), one.dtype) for suffix, one in layout.items()}
+
+    def _check_layouts(self, pieces: dict[str, TensorSpec]) -> None:
         known = set(self._stored.names())
-        for key, (fmt, target) in self.matrices.items():
-            layout = fmt.layout(target.shape)
-            for piece, suffix in self._pieces(key).items():
-                if piece not in known:
-                    raise VerificationError(f"{self.folder}: {piece} is missing")
-                found = self._stored.shape(piece), self._stored.dtype(piece)
-                if found != (layout[suffix].shape, layout[suffix].dtype):
-                    raise VerificationError(f"{self.folder}: {piece} is {found}, should be {layout[suffix]}")
+        for piece, spec in pieces.items():
+            if piece not in known:
+                raise VerificationError(f"{self.folder}: {piece} is missing")
+            found = self._stored.shape(piece), self._stored.dtype(piece)
+            if found != (spec.shape, spec.dtype):
+                raise VerificationError(f"{self.folder}: {piece} is {found}, should be {spec}")
+
+    def is_of_experts(self, key: str) -> bool:
+        """Whether a tensor of the original is one that experts are made of."""
+        return key in self._original
+
+    def decoded_experts(self, model: StreamedModel, block: int) -> Iterator[tuple[Target, Tensor]]:
+        """The experts of a block, each as (out, in) float32."""
+        for name, (fmt, stack) in self.experts.items():
+            if not name.startswith(f"{model.block_names[block]}."):
+                continue
+            stored = {piece.rpartition(".")[2]: tensor for piece, tensor in self._tensors(self._stacked(name)).items()}
+            for number, target in enumerate(stack):
+                named = {suffix: tensor[number] for suffix, tensor in stored.items()}
+                yield target, fmt.decode(*fmt.unpack(named, target.shape))
+
+    def _tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return self._stored.tensors(list(names))
+
+    def fill(self, model: StreamedModel, block: int) -> None:
+        """Put the decoded experts in place of the original's in a loaded block."""
+        for target, decoded in self.decoded_experts(model, block):
+            target.matrix(model.module(target)).data.copy_(decoded)
 
     def names(self) -> list[str]:
-        return [*self._dense, *self.matrices]
+        return [*self._dense, *self.matrices, *self._original]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._reference.checkpoint.shape(name) if name in self.matrices else self._stored.shape(name)
+        original = name in self.matrices or name in self._original
+        return self._reference.checkpoint.shape(name) if original else self._stored.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._reference.dtype if name in self.matrices else self._stored.dtype(name)
+        original = name in self.matrices or name in self._original
+        return self._reference.dtype if original else self._stored.dtype(name)
 
     def tensor(self, name: str) -> Tensor:
         """Float32 where it was quantized, as it is stored where not."""
+        if name in self._original:
+            with self._reference.checkpoint.slices([name]) as stored:
+                return stored[name][...]
         if name not in self.matrices:
             return self._stored.tensors([name])[name]
         fmt, target = self.matrices[name]
@@ -184,7 +230,7 @@ def verify(
     )
     problems: list[str] = []
     blocks: list[Block] = []
-    pair, unchecked = _begin(reference, twin, windows)
+    pair, unchecked = _begin(reference, twin, decoded, windows)
     steps = len(reference.block_names) + 1
     for index, name in enumerate(reference.block_names):
         progress("verify", index, steps)
@@ -244,6 +290,8 @@ def _weights(
         if key not in known:
             problems.append(f"{key}: missing")
             continue
+        if decoded.is_of_experts(key):
+            continue
         with reference.checkpoint.slices([key]) as stored:
             original = stored[key][...]
         found = decoded.tensor(key)
@@ -252,11 +300,32 @@ def _weights(
                 problems.append(f"{key}: is not quantized, but differs from the original")
             continue
         error = _ratio(energy(found.sub_(original).flatten(1)), _energy(original))
-        module = decoded.matrices[key][1].name
-        if not abs(error - noted.get(module, error)) <= NOTED * error + 1e-6:
-            problems.append(f"{key}: its error is {error:.4f}, and was {noted[module]:.4f} when it was solved")
-        errors.append(error)
+        errors.append(_compared(decoded.matrices[key][1].name, key, error, noted, problems))
+    if name:
+        errors += _experts(name, decoded, reference, noted, problems)
     return Block(name, len(errors), math.sqrt(sum(e * e for e in errors) / max(1, len(errors))))
+
+
+def _experts(
+    name: str, decoded: Decoded, reference: StreamedModel, noted: dict[str, float], problems: list[str]
+) -> Iterator[float]:
+    """The errors of the experts of a block: what they are made of is put together in memory."""
+    block = reference.block_names.index(name)
+    if not any(listed.startswith(f"{name}.") for listed in decoded.experts):
+        return
+    reference.load_block(block)
+    for target, found in decoded.decoded_experts(reference, block):
+        original = target.matrix(reference.module(target))
+        error = _ratio(energy(found.sub_(original)), _energy(original))
+        yield _compared(target.name, target.name, error, noted, problems)
+    reference.unload_block(block)
+
+
+def _compared(module: str, key: str, error: float, noted: dict[str, float], problems: list[str]) -> float:
+    """The error of a matrix, which should be the one that was noted."""
+    if not abs(error - noted.get(module, error)) <= NOTED * error + 1e-6:
+        problems.append(f"{key}: its error is {error:.4f}, and was {noted[module]:.4f} when it was solved")
+    return error
 
 
 def _energy(w: Tensor) -> float:
@@ -283,6 +352,7 @@ class _Pair:
 
     reference: StreamedModel
     twin: StreamedModel
+    decoded: Decoded
     original: Tensor
     quantized: Tensor
     calls: tuple[list[Call], list[Call]]
@@ -294,6 +364,7 @@ class _Pair:
         after = self.reference.run_block(index, before, self.calls[0][index])
         self.reference.unload_block(index)
         self.twin.load_block(index)
+        self.decoded.fill(self.twin, index)
         alone = self.twin.run_block(index, before, self.calls[1][index])
         self.quantized = self.twin.run_block(index, self.quantized, self.calls[1][index])
         self.twin.unload_block(index)
@@ -321,7 +392,9 @@ class _Pair:
         return tally.divergence()
 
 
-def _begin(reference: StreamedModel, twin: StreamedModel, windows: Tensor) -> tuple[_Pair | None, str | None]:
+def _begin(
+    reference: StreamedModel, twin: StreamedModel, decoded: Decoded, windows: Tensor
+) -> tuple[_Pair | None, str | None]:
     """Both models' embeddings of the windows; or why their blocks cannot run one by one."""
     if not reference.causal:
         return None, f"{type(reference.model).__name__} is no causal language model: only its weights were compared"
@@ -335,7 +408,7 @@ def _begin(reference: StreamedModel, twin: StreamedModel, windows: Tensor) -> tu
         finally:
             model.unload_outside()
     (original, calls), (quantized, own_calls) = entered
-    return _Pair(reference, twin, original, quantized, (calls, own_calls)), None
+    return _Pair(reference, twin, decoded, original, quantized, (calls, own_calls)), None
 
 
 def _norm(x: Tensor) -> float:

@@ -46,6 +46,7 @@ FORBIDDEN = {
     "formats": [*WRITING, "checkpoint", "hf", "linear", "text", "metrics"],
     "stats": [*WRITING[3:], "solvers", "calibration", "formats", "hf", "linear"],
     "solvers": ["calibration", "pipeline", "plan", "recipe", "blocks", "cli", "checkpoint", "hf", "linear"],
+    "recovery": ["calibration", "pipeline", "plan", "blocks", "output", "cli", "checkpoint", "hf", "linear"],
     "checkpoint": [*WRITING, "output", "hf", "linear", "formats", "metrics"],
     "output": [*sorted({*WRITING} - {"output"}), "hf", "linear", "formats", "metrics"],
     "blocks": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],

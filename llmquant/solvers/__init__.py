@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from llmquant.formats import Format
 from llmquant.solvers import gptaq, gptq, hqq, kmeans, rtn
-from llmquant.solvers.base import Solution, Solver, Step, wrong_option
+from llmquant.solvers.base import Solution, Solver, Step, recoveries, wrong_option
 
-__all__ = ["CALIBRATED", "REFUSALS", "SOLVERS", "Solution", "Solver", "Step", "wrong_option"]
+__all__ = ["CALIBRATED", "REFUSALS", "SOLVERS", "Solution", "Solver", "Step", "recoveries", "wrong_option"]
 
 SOLVERS: dict[str, Solver] = {
     "rtn": rtn.solve,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,27 @@ class Solution:
 
 # solve(w, stats, fmt, **options): w (out, in) float32; stats of the inputs it saw, or None without calibration.
 Solver = Callable[..., Solution]
+
+
+_noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def recoveries() -> Iterator[list[str]]:
+    """Collects what solvers note while it is entered."""
+    found: list[str] = []
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
+
+
+def note_recovery(what: str) -> None:
+    """For the report: numbers went wrong, and `what` was done about it."""
+    noted = _noted.get()
+    if noted is not None and what not in noted:
+        noted.append(what)
 
 
 def wrong_option(solver: Callable[..., Any], options: dict[str, Any]) -> str | None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
 from llmquant.solvers import loops
-from llmquant.solvers.base import Solution, Step
+from llmquant.solvers.base import Solution, Step, note_recovery
 from llmquant.stats import Held, Stats, energy
 
 BLOCK = 128  # columns whose errors are spread at once
@@ -241,7 +241,10 @@ def robust_factor(hessian: Tensor) -> Tensor:
     for extra in (0.0, *DAMPS):
         factor = inverse_factor(damped(hessian, extra) if extra else hessian)
         if factor is not None and torch.isfinite(factor.diagonal()).all():
+            if extra:
+                note_recovery(f"the Hessian is not positive definite: its diagonal was raised by {extra:.0%}")
             return factor
+    note_recovery("the Hessian is not positive definite, however damped: errors are not spread")
     return torch.diag(hessian.diagonal().rsqrt())  # errors stay where they are made: plain rounding
 
 
