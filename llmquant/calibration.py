@@ -25,6 +25,7 @@ from llmquant.stats import HELD, Stats, energy
 FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
+SEEN_BYTES = 2**29  # of what the reference shows of a block that is kept, for it not to be run again and again
 FEW_HELD = 256  # held-out tokens of an expert below which those of the other experts judge it too
 
 
@@ -38,7 +39,7 @@ class Streams:
     calls: list[list[Call]]  # per batch, per block
     held: list[bool]  # per batch: whether its tokens stay out of all sums, to judge solutions on
     _in_place: bool = False  # hidden states are written over, where they lie
-    _wanted: tuple[int, list[Tensor]] = (-1, [])  # a block, and what it puts out in the reference for held-out tokens
+    _seen: Seen | None = None  # of the block at hand
 
     @classmethod
     def start(
@@ -82,15 +83,54 @@ class Streams:
 
     def advance(self, block: int, swap: WeightSwap) -> None:
         """Both streams through the block: the reference with the original weights, the other with the new ones."""
+        seen = self._seen_of(block)
         for i, calls in enumerate(self.calls):
-            with swap.original():
-                reference = self._run(block, self.reference[i], calls)
+            if i in seen.outputs:
+                reference = seen.outputs[i]
+            else:
+                with swap.original():
+                    reference = self._run(block, self.reference[i], calls)
             quantized = self._run(block, self.quantized[i], calls)
             if self._in_place:
                 self.reference[i].copy_(reference)
                 self.quantized[i].copy_(quantized)
             else:
                 self.reference[i], self.quantized[i] = reference, quantized
+
+    def remember(self, block: int, order: list[Stage]) -> None:
+        """Keep what enters the stages of a block, and leaves it, in the reference, if that is not too much.
+
+        Otherwise the block runs again each time something of it is wanted. No weight of it may have been replaced yet.
+        """
+        seen = self._seen = Seen(block)
+        stages = {id(stage): stage for stage in order if stage.targets[0].expert is None}
+        for i, calls in enumerate(self.calls):
+            hidden = self.reference[i].to(self.model.device)
+            inputs: dict[nn.Module, Tensor] = {}
+
+            def note(module: nn.Module, args: tuple[Any, ...], inputs: dict[nn.Module, Tensor] = inputs) -> None:
+                inputs.setdefault(module, args[0])
+
+            watched = [self.model.module(stage.targets[0]) for stage in stages.values()]
+            watched += [stage.carrier for stage in stages.values() if isinstance(stage.carrier, nn.Module)]
+            handles = [module.register_forward_pre_hook(note) for module in watched]
+            try:
+                seen.outputs[i] = self.model.run_block(block, hidden, calls[block])
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for key, stage in stages.items():
+                own = hidden if stage.carrier is BLOCK_INPUT else None
+                carried = inputs.get(stage.carrier) if isinstance(stage.carrier, nn.Module) else own
+                seen.inputs[key, i] = inputs.get(self.model.module(stage.targets[0])), carried
+            if seen.nbytes() * len(self.calls) > SEEN_BYTES * (i + 1):
+                self._seen = Seen(block)
+                return
+
+    def _seen_of(self, block: int) -> Seen:
+        if self._seen is None or self._seen.block != block:
+            self._seen = Seen(block)
+        return self._seen
 
     def _run(self, block: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         return self.model.run_block(block, hidden.to(self.model.device), calls[block])
@@ -106,9 +146,14 @@ class Streams:
     def _of_linears(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
         stats = Stats.empty(stage.targets[0].shape[1], self.model.device)
+        seen = self._seen_of(block)
         for i, calls in enumerate(self.calls):
-            with swap.original():
-                x_ref, carried_ref = self._inputs(block, stage, self.reference[i].to(self.model.device), calls[block])
+            if (id(stage), i) in seen.inputs:
+                x_ref, carried_ref = seen.inputs[id(stage), i]
+            else:
+                reference = self.reference[i].to(self.model.device)
+                with swap.original():
+                    x_ref, carried_ref = self._inputs(block, stage, reference, calls[block])
             x, carried = self._inputs(block, stage, self.quantized[i].to(self.model.device), calls[block])
             if x is None or x_ref is None:
                 continue
@@ -234,14 +279,15 @@ class Streams:
         curvature (blocks, b, b): G along the diagonal, of the loss in the block's outputs; None: the identity.
         """
         total, tokens = 0.0, 0
-        held = [i for i in range(len(self.calls)) if self.held[i]]
-        if self._wanted[0] != block:
-            with swap.original():
-                outputs = [self._run(block, self.reference[i], self.calls[i]) for i in held]
-            self._wanted = block, outputs
-        for i, wanted in zip(held, self._wanted[1], strict=True):
+        outputs = self._seen_of(block).outputs
+        for i in range(len(self.calls)):
+            if not self.held[i]:
+                continue
+            if i not in outputs:
+                with swap.original():
+                    outputs[i] = self._run(block, self.reference[i], self.calls[i])
             found = self._run(block, self.quantized[i], self.calls[i])
-            error = (found - wanted).flatten(0, -2).float()
+            error = (found - outputs[i]).flatten(0, -2).float()
             error = error[torch.isfinite(error).all(-1)]
             tokens += len(error)
             total += _in_metric(error, curvature)
@@ -265,6 +311,19 @@ def summed_windows(count: int) -> int:
 def _written(hidden: Tensor, folder: Path) -> Tensor:
     """A copy in a file of the folder."""
     return room(tuple(hidden.shape), hidden.dtype, folder).copy_(hidden)
+
+
+@dataclass
+class Seen:
+    """What the reference shows of a block: by stage (its id) and batch its input and residual stream; and outputs."""
+
+    block: int
+    inputs: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        held = [tensor for pair in self.inputs.values() for tensor in pair] + [*self.outputs.values()]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 class _SeenEnough(Exception):

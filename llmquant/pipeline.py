@@ -264,6 +264,8 @@ def _solve_block(
     """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
     rows = {row.target.name: row for row in prepared.plan.of_block(block)}
     order = [] if streams is None else stages(prepared.model, block, streams)
+    if streams is not None:
+        streams.remember(block, order)
     reached = {target.name for stage in order for target in stage.targets}
     order += [Stage([row.target]) for name, row in rows.items() if name not in reached]
     results: dict[str, Result] = {}

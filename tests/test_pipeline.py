@@ -22,6 +22,7 @@ from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import OutputError, PlanError
+from llmquant.output import CALIBRATION
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import gptq
 from llmquant.stats import Stats
@@ -259,7 +260,7 @@ def test_a_run_begun_anew_forgets_the_calibration_of_the_old(pycode: Path, tmp_p
 def test_a_cut_run_that_finished_nothing_binds_no_settings(pycode: Path, tmp_path: Path) -> None:
     other = pipeline.Calibration("self", samples=3, length=16, batch=2)
     cut_after(pycode, tmp_path / "out", 0, calibration=other)
-    assert (tmp_path / "out.partial" / pipeline.CALIBRATION).exists()
+    assert (tmp_path / "out.partial" / CALIBRATION).exists()
     quantize(pycode, tmp_path / "out", calibration=SMALL)
     quantize(pycode, tmp_path / "fresh", calibration=SMALL)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
