@@ -24,7 +24,8 @@ from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
-from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
+from llmquant.errors import DataError, LlmquantError, NonFiniteInput, OutputError, PlanError, VerificationError
+from llmquant.estimate import Work
 from llmquant.formats.base import all_finite
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
@@ -93,11 +94,20 @@ class Prepared:
     model: StreamedModel
     plan: Plan
     length: int
+    offload: Path | None = None  # where the hidden states of calibration lie, if not in memory
 
 
-def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
-    """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong."""
+def prepare(
+    job: Job, output: Path, *, overwrite: bool = False, offload: Path | None = None, max_memory: int | None = None
+) -> Prepared:
+    """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong.
+
+    offload: a folder for the hidden states of calibration; they go to the output's own where they do not fit into
+    memory. max_memory: bytes, beyond which the plan is refused. Neither changes a byte of the result.
+    """
     check_usable(output, overwrite=overwrite)
+    if offload is not None and not offload.is_dir():
+        raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     checkpoint = Checkpoint(locate(job.model))
     model = StreamedModel(checkpoint, device=job.device, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     calibration = job.calibration
@@ -109,8 +119,22 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
                 "those only: use --quality fast, which reads weights only"
             )
         length = text.window_length(model.config, calibration.length or min(512, text.window_length(model.config)))
-    tokens = 0 if calibration is None else calibration.samples * length
-    return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
+    plan = make_plan(checkpoint, model, job.recipe, output, _work(job, length, offload), max_memory)
+    return Prepared(job, checkpoint, model, plan, length, offload)
+
+
+def _work(job: Job, length: int, offload: Path | None) -> Work:
+    calibration = job.calibration
+    if calibration is None:
+        return Work()
+    return Work(
+        tokens=calibration.samples * length,
+        batch=min(calibration.batch, calibration.samples) * length,
+        curvature=calibration.curvature,
+        sampled=calibration.source == "self",
+        tuning=job.tuning,
+        offload=offload is not None,
+    )
 
 
 @torch.no_grad()
@@ -174,10 +198,12 @@ def _calibrate(
     if calibration is None:
         return None, {}
     windows = folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
-    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
+    place = (prepared.offload or folder.partial) if prepared.plan.offload else None
+    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place)
     if not calibration.curvature:
         return streams, {}
-    return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, folder.partial, progress))
+    spill = place or folder.partial
+    return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, spill, progress))
 
 
 def _curvature(
@@ -195,6 +221,7 @@ def _curvature(
             batch=calibration.batch,
             seed=prepared.job.seed,
             spill=spill,
+            memory=0 if prepared.plan.offload else 2**32,
             progress=partial(progress, "curvature"),
         )
     except PlanError as error:
@@ -536,9 +563,7 @@ def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matr
 # ---- the end
 
 
-def _verify(
-    prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress
-) -> Verification:
+def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress) -> Verification:
     """On a few held-out windows, or on random tokens where there is no text."""
     windows = verification.random_windows(prepared.model, seed=prepared.job.seed)
     if prepared.job.calibration is not None:

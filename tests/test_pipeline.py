@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import OutputError, PlanError
+from llmquant.output import CALIBRATION
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import gptq
 from llmquant.stats import Stats
@@ -134,48 +132,6 @@ def test_same_seed_same_bytes(calibration: pipeline.Calibration | None, pycode: 
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-KILLED = textwrap.dedent("""
-    import os, signal, sys, time
-    from pathlib import Path
-    import torch
-    from llmquant import pipeline
-    from llmquant.recipe import Recipe
-
-    torch.set_num_threads(1)  # so that a fork finds no threads
-    model, folder, moments = sys.argv[1], Path(sys.argv[2]), [float(moment) for moment in sys.argv[3:]]
-    job = pipeline.Job(model, Recipe.uniform("int4:g32"), pipeline.Calibration("self", samples=8, length=64, batch=4))
-
-    def start(output):
-        child = os.fork()
-        if child == 0:
-            pipeline.quantize(pipeline.prepare(job, output), output)
-            os._exit(0)
-        return child
-
-    began = time.monotonic()
-    os.waitpid(start(folder / "whole"), 0)
-    duration = time.monotonic() - began
-    for i, moment in enumerate(moments):
-        child = start(folder / f"cut{i}")
-        time.sleep(moment * duration)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            print("killed")
-            os.waitpid(start(folder / f"cut{i}"), 0)
-""")
-
-
-def test_killed_at_random_moments_and_resumed_the_bytes_are_the_same(pycode: Path, tmp_path: Path) -> None:
-    moments = torch.rand(5, generator=torch.Generator().manual_seed(4)).tolist()
-    command = [sys.executable, "-c", KILLED, str(pycode), str(tmp_path), *map(str, moments)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
-    assert said.count("killed") >= 3  # a run may be done before its moment comes
-    whole = contents(tmp_path / "whole")
-    assert all(contents(tmp_path / f"cut{i}") == whole for i in range(5))
-    assert not list(tmp_path.glob("*.partial"))
-
-
 class Cut(Exception):
     pass
 
@@ -245,7 +201,7 @@ def test_a_run_begun_anew_forgets_the_calibration_of_the_old(pycode: Path, tmp_p
 def test_a_cut_run_that_finished_nothing_binds_no_settings(pycode: Path, tmp_path: Path) -> None:
     other = pipeline.Calibration("self", samples=3, length=16, batch=2)
     cut_after(pycode, tmp_path / "out", 0, calibration=other)
-    assert (tmp_path / "out.partial" / pipeline.CALIBRATION).exists()
+    assert (tmp_path / "out.partial" / CALIBRATION).exists()
     quantize(pycode, tmp_path / "out", calibration=SMALL)
     quantize(pycode, tmp_path / "fresh", calibration=SMALL)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
