@@ -1,6 +1,6 @@
 """A Llama of any size with random weights, to measure memory and time on: one block is in memory at a time.
 
-    python eval/random_checkpoint.py FOLDER --hidden 4096 --intermediate 11008 --tokenizer tests/assets/pycode
+    python eval/random_checkpoint.py FOLDER --hidden 4096 --intermediate 11008 --blocks 3
 
 The weights are normal with the deviation of an untrained model, so that activations stay finite. The tokenizer files of
 another model may be copied in, if its vocabulary is no larger: then calibration takes text.

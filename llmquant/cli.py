@@ -124,6 +124,12 @@ def quantize(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
+    offload_activations: Annotated[
+        Path | None, typer.Option(help="Folder for the hidden states of calibration [memory, if they fit].")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Refuse a plan that needs more, as 4GiB; pages of files do not count.")
+    ] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the result with the original at the end.")
     ] = False,
@@ -164,7 +170,9 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     torch.manual_seed(seed)
-    prepared = pipeline.prepare(job, folder, overwrite=overwrite)
+    prepared = pipeline.prepare(
+        job, folder, overwrite=overwrite, offload=offload_activations, max_memory=_bytes(max_memory)
+    )
     if text and not prepared.model.causal:
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     if dry_run:
@@ -193,6 +201,17 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _bytes(size: str | None) -> int | None:
+    """A number of bytes, with a unit or without."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", size.strip(), re.ASCII)
+    if found is None or len(size) > 20:
+        raise PlanError(f"--max-memory {size!r}: give bytes, as 4GiB, 500MB or 4000000000")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+
+
 def _dtype(name: str | None) -> Any:
     import torch
 
@@ -216,10 +235,14 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         table.add_row(name, shape, row.format.spec, f"{bits:.3f}", row.kernel)
     out.print(table)
     _print_alike("kept dense", [(kept.name, kept.reason) for kept in plan.kept])
+    if plan.tuning is not None:
+        trained = "codes, scales and norms" if plan.tuning.shifts else "scales and norms, as memory does for no more"
+        out.print(f"tuning of all blocks together: {trained}", highlight=False)
+    states = " with hidden states on disk" if plan.offload else ""
     out.print(
         f"\nsize {_size(plan.bytes_before)} -> {_size(plan.bytes_after)} "
         f"({plan.bytes_before / plan.bytes_after:.2f}x), {plan.bits_per_weight:.3f} bits per quantized weight\n"
-        f"peak memory about {_size(plan.peak_memory)}, disk {_size(plan.bytes_after)}, "
+        f"peak memory about {_size(plan.peak_memory)}{states}, disk {_size(plan.bytes_after)}, "
         f"time about {_duration(plan.seconds)}",
         highlight=False,
         soft_wrap=True,
@@ -482,7 +505,7 @@ def verify(
             folder,
             original,
             shown,
-            noted=verification.noted_errors(facts["tensors"]),
+            manifest=facts,
             max_kl=max_kl,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -25,11 +25,12 @@ from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
-from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
+from llmquant.errors import DataError, LlmquantError, NonFiniteInput, OutputError, PlanError, VerificationError
+from llmquant.estimate import Row, Work
 from llmquant.formats.base import all_finite
 from llmquant.matrices import Target
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
-from llmquant.plan import Plan, Row, make_plan
+from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
 from llmquant.solvers import Solution
 from llmquant.stats import Stats, energy
@@ -95,11 +96,20 @@ class Prepared:
     model: StreamedModel
     plan: Plan
     length: int
+    offload: Path | None = None  # where the hidden states of calibration lie, if not in memory
 
 
-def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
-    """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong."""
+def prepare(
+    job: Job, output: Path, *, overwrite: bool = False, offload: Path | None = None, max_memory: int | None = None
+) -> Prepared:
+    """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong.
+
+    offload: a folder for the hidden states of calibration; they go to the output's own where they do not fit into
+    memory. max_memory: bytes, beyond which the plan is refused. Neither changes a byte of the result.
+    """
     check_usable(output, overwrite=overwrite)
+    if offload is not None and not offload.is_dir():
+        raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     checkpoint = Checkpoint(locate(job.model))
     model = StreamedModel(checkpoint, device=job.device, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     calibration = job.calibration
@@ -111,8 +121,22 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
                 "those only: use --quality fast, which reads weights only"
             )
         length = text.window_length(model.config, calibration.length or min(512, text.window_length(model.config)))
-    tokens = 0 if calibration is None else calibration.samples * length
-    return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
+    plan = make_plan(checkpoint, model, job.recipe, output, _work(job, length, offload), max_memory)
+    return Prepared(job, checkpoint, model, plan, length, offload)
+
+
+def _work(job: Job, length: int, offload: Path | None) -> Work:
+    calibration = job.calibration
+    if calibration is None:
+        return Work()
+    return Work(
+        tokens=calibration.samples * length,
+        batch=min(calibration.batch, calibration.samples) * length,
+        curvature=calibration.curvature,
+        sampled=calibration.source == "self",
+        tuning=job.tuning,
+        offload=offload is not None,
+    )
 
 
 @torch.no_grad()
@@ -129,7 +153,8 @@ def quantize(
     job, model, plan = prepared.job, prepared.model, prepared.plan
     blocks = len(model.block_names)
     shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
-    with OutputFolder(output, job.settings(prepared.checkpoint), overwrite=overwrite) as folder:
+    settings = {**job.settings(prepared.checkpoint), "codes_tuned": plan.tuning is not None and plan.tuning.shifts}
+    with OutputFolder(output, settings, overwrite=overwrite) as folder:
         streams, curves = _calibrate(prepared, folder, progress)
         for block in range(blocks):
             done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
@@ -176,10 +201,12 @@ def _calibrate(
     if calibration is None:
         return None, {}
     windows = folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
-    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"))
+    place = (prepared.offload or folder.partial) if prepared.plan.offload else None
+    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place)
     if not calibration.curvature:
         return streams, {}
-    return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, folder.partial, progress))
+    spill = place or folder.partial
+    return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, spill, progress))
 
 
 def _curvature(
@@ -197,6 +224,7 @@ def _curvature(
             batch=calibration.batch,
             seed=prepared.job.seed,
             spill=spill,
+            memory=0 if prepared.plan.offload else 2**32,
             progress=partial(progress, "curvature"),
         )
     except PlanError as error:
@@ -473,7 +501,8 @@ def _tune(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: 
     parts = range(len(places), 2 * len(places))
     if not all(part in folder.records for part in parts):
         windows = load_file(folder.partial / CALIBRATION)["tokens"]
-        vectors = model.vectors()
+        means, vectors = prepared.plan.tuning, model.vectors()
+        assert means is not None
         with _whole(model):
             tuned = tune.tune(
                 model,
@@ -484,10 +513,12 @@ def _tune(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: 
                 streams.held_windows(),
                 steps=job.tuning,
                 batch=len(streams.reference[0]),
+                rates=tune.Rates() if means.shifts else tune.Rates(shift=0.0),
+                recompute=means.recompute,
                 seed=job.seed,
                 progress=partial(progress, "tune"),
             )
-            noted = {"kept": tuned.kept, "divergences": tuned.divergences}
+            noted = {"kept": tuned.kept, "divergences": tuned.divergences, "codes": means.shifts}
             if not tuned.kept:
                 return {"tuning": noted}
             found = {matrix.target.name: matrix for matrix in tuned.matrices}
@@ -565,7 +596,7 @@ def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], 
         folder.partial,
         prepared.model,
         windows,
-        noted=verification.noted_errors(manifest["tensors"]),
+        manifest=manifest,
         trust_remote_code=prepared.job.trust_remote_code,
         progress=progress,
     )

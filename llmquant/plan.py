@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import llmquant_kernels
-from llmquant import formats
+from llmquant import estimate, formats
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import OutputError, PlanError
+from llmquant.estimate import Row, Work
 from llmquant.experts import packed_name
-from llmquant.formats import Format
 from llmquant.matrices import Target
 from llmquant.output import free_bytes
 from llmquant.recipe import Recipe, Rule
-from llmquant.solvers import CALIBRATED, SOLVERS
+from llmquant.tune import Means
 
-
-@dataclass(frozen=True)
-class Row:
-    """One matrix that will be quantized. block None: it lies outside the blocks."""
-
-    block: int | None
-    target: Target
-    key: str  # the name of its weight in the folder, which is the checkpoint's own, but for experts
-    format: Format
-    rule: Rule
-    kernel: str
-    sources: tuple[str, ...]  # the checkpoint's tensors that it is made of; all experts of a parameter have the same
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.target.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.format.layout(self.target.shape).values())
+SILENT = Work()  # no calibration
 
 
 @dataclass(frozen=True)
@@ -61,6 +41,8 @@ class Plan:
     bytes_after: int
     peak_memory: int  # bytes of anonymous memory, estimated
     seconds: float  # estimated from a short measurement on this machine
+    offload: bool = False  # whether the hidden states of calibration lie on the disk
+    tuning: Means | None = None  # how blocks are trained together, if they are
 
     @property
     def weights(self) -> int:
@@ -99,20 +81,29 @@ class Plan:
             "bytes_after": self.bytes_after,
             "peak_memory_bytes": self.peak_memory,
             "seconds": self.seconds,
+            "offload_activations": self.offload,
+            "tuning": self.tuning and asdict(self.tuning),
         }
         return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], **totals}
 
 
 def make_plan(
-    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, output: Path, calibration_tokens: int
+    checkpoint: Checkpoint,
+    model: StreamedModel,
+    recipe: Recipe,
+    output: Path,
+    work: Work = SILENT,
+    max_memory: int | None = None,
 ) -> Plan:
-    """Check everything that can be checked without reading a weight. calibration_tokens 0: no calibration.
+    """Check everything that can be checked without reading a weight.
 
-    Raises PlanError (names the tensor) or OutputError (not enough disk).
+    max_memory: bytes of anonymous memory that the run may take, by default as many as are free. Hidden states go to the
+    disk where they do not fit.
+    Raises PlanError (names the tensor; or more memory is needed than `max_memory`) or OutputError (not enough disk).
     """
     blocks = [*range(len(model.block_names)), None]
-    recipe = recipe.settled(calibration_tokens > 0)
-    _check_recipe(model, recipe, calibration_tokens > 0)
+    recipe = recipe.settled(work.tokens > 0)
+    _check_recipe(model, recipe, work.tokens > 0)
     kernels: dict[Any, str] = {}
     decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
     rows = tuple(decision for decision in decided if isinstance(decision, Row))
@@ -126,8 +117,31 @@ def make_plan(
     free = free_bytes(output)
     if free < 1.01 * after:
         raise OutputError(f"{output}: the result needs {after:,} bytes, the disk has {free:,} free: free some space")
-    memory = _peak_memory(checkpoint, model, rows, calibration_tokens)
-    return Plan(rows, kept, before, after, memory, _seconds(rows, calibration_tokens))
+    outside = sum(checkpoint.nbytes(name) for name in model.outside_keys())
+    room = psutil.virtual_memory().available if max_memory is None else max_memory
+    if work.tokens and not work.offload and estimate.memory(model, rows, outside, work) > room:
+        work = replace(work, offload=True)
+    if work.tuning:
+        work = replace(work, means=_means(model, rows, work, max_memory))
+    memory = estimate.memory(model, rows, outside, work)
+    if max_memory is not None and memory > max_memory:
+        advice = "take fewer rows at once with --batch, or --quality fast" if work.tokens else "skip the largest matrix"
+        raise PlanError(f"the run needs about {memory:,} bytes of memory, --max-memory gives {max_memory:,}: {advice}")
+    seconds = estimate.seconds(model, rows, before + after, work)
+    return Plan(rows, kept, before, after, memory, seconds, work.offload, work.means)
+
+
+def _means(model: StreamedModel, rows: tuple[Row, ...], work: Work, max_memory: int | None) -> Means:
+    """Of tuning. By all the memory that the device has, not what is free: the same machine comes to the same result."""
+    own = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else psutil.virtual_memory().total
+    room = int(0.8 * own) if max_memory is None else max_memory
+    means = estimate.means(model, rows, work, room)
+    if means.nbytes > room:
+        raise PlanError(
+            f"--quality best trains all blocks at once, which needs about {means.nbytes:,} bytes of memory, and there "
+            f"are {room:,}: use --quality balanced, which needs one block at a time"
+        )
+    return means
 
 
 def _check_recipe(model: StreamedModel, recipe: Recipe, calibrated: bool) -> None:
@@ -204,53 +218,3 @@ def _row(
     if known not in kernels:
         kernels[known] = llmquant_kernels.choose(fmt.facts(target.shape), model.dtype)[0]
     return Row(block, target, key, fmt, rule, kernels[known], sources)
-
-
-def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, ...], tokens: int) -> int:
-    """What are not pages of files: float32 copies of the largest matrix, one block's result, statistics."""
-    largest = max(row.weights for row in rows)
-    of_blocks = [[row for row in rows if row.block == block] for block in [*range(len(model.block_names)), None]]
-    packed = max(sum(row.nbytes for row in block) for block in of_blocks)
-    outside = sum(checkpoint.nbytes(name) for name in model.outside_keys())
-    base = 350 * 2**20  # Python, torch, transformers
-    if not tokens:
-        return base + 12 * largest + packed + (outside if of_blocks[-1] else 0)
-    width = max(row.target.shape[1] for row in rows)
-    decoded = max(sum(row.weights for row in block) for block in of_blocks) * model.dtype.itemsize
-    streams = 3 * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    solving = 8 * 4 * largest + 7 * 4 * width**2  # the weight, its target, errors and gradients; the Hessian's factors
-    return base + max(outside, solving + packed + decoded) + streams
-
-
-def _operations(rows: int, columns: int) -> float:
-    """Of the gptq solver: three targets, each a Cholesky factor and two solutions, the factor of the sweep, and eight
-    products of the weight with the Hessian.
-    """
-    return (3 / 3 + 2 / 3) * columns**3 + (3 * 4 + 8 * 2) * rows * columns**2
-
-
-def _seconds(rows: tuple[Row, ...], tokens: int) -> float:
-    """Scaled up from quantizing a small random matrix and, with calibration, from one matrix product."""
-    total = 0.0
-    measured: dict[Any, float] = {}
-    for row in rows:
-        clip = row.rule.options.get("clip", "search")
-        known = (row.format, clip)
-        if known not in measured:
-            columns = row.target.shape[1]
-            w = torch.randn(max(1, 2**19 // columns), columns)
-            start = time.perf_counter()
-            SOLVERS["rtn"](w, None, row.format, clip=clip)
-            measured[known] = (time.perf_counter() - start) / w.numel()
-        total += measured[known] * row.weights * (2 if row.rule.solver in CALIBRATED else 1)
-    if tokens:
-        a = torch.randn(512, 512)
-        start = time.perf_counter()
-        torch.mm(a, a)
-        flop = (time.perf_counter() - start) / (2 * 512**3)
-        # Two streams through the block about three times (stages, then advance), and two outer products of every input.
-        forward = 3 * 2 * 2 * tokens * sum(row.weights for row in rows)
-        statistics = 2 * 2 * tokens * sum(row.target.shape[1] ** 2 for row in rows)
-        solving = sum(_operations(*row.target.shape) for row in rows if row.rule.solver in CALIBRATED)
-        total += flop * (forward + statistics + solving)
-    return total

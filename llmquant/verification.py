@@ -4,7 +4,7 @@ What is compared, from the least assumed to the most wanted:
 
 weights   every quantized matrix is decoded from the folder's bytes and compared with the original: its error must be
           the one that was noted when it was solved, so that whatever was written, named or mapped wrongly shows. Every
-          other tensor must have the original's very bytes.
+          other tensor must have the original's very bytes, but for vectors where the run has tuned them.
 outputs   every block is run on what the original model hands it. Of what it adds to that, it may miss FACTOR times the
           root mean square of its weights' errors, but in no format more than WORST; and, of all it puts out, two units
           in the last place.
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +210,14 @@ def verify(
     reference: StreamedModel,
     windows: Tensor,
     *,
-    noted: dict[str, float],
+    manifest: dict[str, Any],
     max_kl: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Verification:
     """Compare a folder with the model it was made of, of which nothing needs to be loaded.
 
-    windows (n, length) int64: what is shown to both. noted: {module: error of its weight} as the run wrote them down.
+    windows (n, length) int64: what is shown to both. manifest: what the run wrote down of itself.
     Raises CheckpointError and VerificationError where the folder is not one, or not of this model.
     """
     start = time.monotonic()
@@ -228,13 +229,16 @@ def verify(
         trust_remote_code=trust_remote_code,
         decoded=True,
     )
+    noted = {tensor["name"]: tensor["error"] for tensor in manifest["tensors"]}
+    tuning = manifest.get("tuning")
+    compare = partial(_weights, decoded, reference, noted, isinstance(tuning, dict) and tuning.get("kept") is True)
     problems: list[str] = []
     blocks: list[Block] = []
     pair, unchecked = _begin(reference, twin, decoded, windows)
     steps = len(reference.block_names) + 1
     for index, name in enumerate(reference.block_names):
         progress("verify", index, steps)
-        block = _weights(name, reference.block_keys(index), decoded, reference, noted, problems)
+        block = compare(name, reference.block_keys(index), problems)
         if pair is not None:
             block = pair.through(index, block)
             if not block.error <= block.bound:  # type: ignore[operator]  # both are there; a NaN is a problem, too
@@ -244,7 +248,7 @@ def verify(
                 )
         blocks.append(block)
     progress("verify", steps - 1, steps)
-    blocks.append(_weights("", reference.outside_keys(), decoded, reference, noted, problems))
+    blocks.append(compare("", reference.outside_keys(), problems))
     found = None
     if pair is not None:
         found = pair.divergence(windows)
@@ -253,11 +257,6 @@ def verify(
     tokens = 0 if found is None else windows.numel()
     progress("verify", steps, steps)
     return Verification(tuple(blocks), tuple(problems), found, tokens, unchecked, time.monotonic() - start)
-
-
-def noted_errors(tensors: list[dict[str, Any]]) -> dict[str, float]:
-    """{module: error of its weight}, of the "tensors" of a manifest."""
-    return {tensor["name"]: tensor["error"] for tensor in tensors}
 
 
 def random_windows(model: StreamedModel, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0) -> Tensor:
@@ -276,14 +275,15 @@ def random_windows(model: StreamedModel, windows: int = WINDOWS, length: int = L
 
 
 def _weights(
-    name: str,
-    keys: list[str],
     decoded: Decoded,
     reference: StreamedModel,
     noted: dict[str, float],
+    tuned: bool,
+    name: str,
+    keys: list[str],
     problems: list[str],
 ) -> Block:
-    """Compare the tensors of a block, one at a time."""
+    """Compare the tensors of a block, one at a time. tuned: vectors have been trained, and are another's affair."""
     known = set(decoded.names())
     errors = []
     for key in keys:
@@ -296,7 +296,7 @@ def _weights(
             original = stored[key][...]
         found = decoded.tensor(key)
         if key not in decoded.matrices:
-            if not _same_bytes(original, found):
+            if not (tuned and original.ndim < 2) and not _same_bytes(original, found):
                 problems.append(f"{key}: is not quantized, but differs from the original")
             continue
         error = _ratio(energy(found.sub_(original).flatten(1)), _energy(original))

@@ -62,6 +62,7 @@ FORBIDDEN = {
     "text": [*WRITING, "hf", "linear", "formats"],
     "inspection": [*WRITING, "verification", "hf", "linear"],
     "verification": sorted({*WRITING, "hf", "linear"} - {"stats", "blocks"}),
+    "estimate": ["pipeline", "plan", "output", "calibration", "cli", "hf", "linear", "checkpoint"],
     "plan": ["pipeline", "calibration", "cli", "hf", "linear"],
     "recipe": ["pipeline", "plan", "calibration", "blocks", "cli", "hf", "linear"],
     "pipeline": ["cli", "hf", "linear"],

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -147,48 +144,6 @@ def test_same_seed_same_bytes(calibration: pipeline.Calibration | None, pycode: 
     for name in ("a", "b"):
         quantize(pycode, tmp_path / name, "int3:g64", calibration=calibration)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-KILLED = textwrap.dedent("""
-    import os, signal, sys, time
-    from pathlib import Path
-    import torch
-    from llmquant import pipeline
-    from llmquant.recipe import Recipe
-
-    torch.set_num_threads(1)  # so that a fork finds no threads
-    model, folder, moments = sys.argv[1], Path(sys.argv[2]), [float(moment) for moment in sys.argv[3:]]
-    job = pipeline.Job(model, Recipe.uniform("int4:g32"), pipeline.Calibration("self", samples=8, length=64, batch=4))
-
-    def start(output):
-        child = os.fork()
-        if child == 0:
-            pipeline.quantize(pipeline.prepare(job, output), output)
-            os._exit(0)
-        return child
-
-    began = time.monotonic()
-    os.waitpid(start(folder / "whole"), 0)
-    duration = time.monotonic() - began
-    for i, moment in enumerate(moments):
-        child = start(folder / f"cut{i}")
-        time.sleep(moment * duration)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            print("killed")
-            os.waitpid(start(folder / f"cut{i}"), 0)
-""")
-
-
-def test_killed_at_random_moments_and_resumed_the_bytes_are_the_same(pycode: Path, tmp_path: Path) -> None:
-    moments = torch.rand(5, generator=torch.Generator().manual_seed(4)).tolist()
-    command = [sys.executable, "-c", KILLED, str(pycode), str(tmp_path), *map(str, moments)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
-    assert said.count("killed") >= 3  # a run may be done before its moment comes
-    whole = contents(tmp_path / "whole")
-    assert all(contents(tmp_path / f"cut{i}") == whole for i in range(5))
-    assert not list(tmp_path.glob("*.partial"))
 
 
 class Cut(Exception):

@@ -1,0 +1,183 @@
+"""What a run will take, before it starts: anonymous memory and time.
+
+Memory counts what cannot be dropped and read again: pages of the checkpoint's files are not in it. Every part is what
+the code that needs it holds at its peak; the parts that follow one another do not add up. Time is scaled up from three
+short measurements on the machine: fitting a format, a product in float32, one in the model's type.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmquant.blocks import StreamedModel
+from llmquant.formats import Format
+from llmquant.matrices import Target
+from llmquant.recipe import Rule
+from llmquant.solvers import CALIBRATED, SOLVERS
+from llmquant.stats import HELD
+from llmquant.tune import Means
+
+BASE = 350 * 2**20  # Python, torch, transformers
+COPIES = 8  # of the weight in float32 that a calibrated solver holds: itself, target, residuals, gradients, decoded
+SQUARES = 7  # matrices (in, in) in float32: the two sums, the damped one, and the factors
+JUDGED = 1 / 8  # share of the windows that are held out
+CHECKED = 128  # tokens of the check that ends a run
+DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
+SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matrix that will be quantized. block None: it lies outside the blocks."""
+
+    block: int | None
+    target: Target
+    key: str  # the name of its weight in the folder, which is the checkpoint's own, but for experts
+    format: Format
+    rule: Rule
+    kernel: str
+    sources: tuple[str, ...]  # the checkpoint's tensors that it is made of; all experts of a parameter have the same
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.target.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.format.layout(self.target.shape).values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done besides reading and writing weights. tokens 0: no calibration.
+
+    batch: tokens that go through a block at once; curvature: the share of the tokens over which a backward pass goes;
+    sampled: whether the model writes the tokens; tuning: steps of end-to-end tuning, and means, how it is done;
+    offload: hidden states on disk.
+    """
+
+    tokens: int = 0
+    batch: int = 0
+    curvature: float = 0.0
+    sampled: bool = False
+    tuning: int = 0
+    means: Means | None = None
+    offload: bool = False
+
+
+def of_blocks(rows: tuple[Row, ...]) -> list[list[Row]]:
+    """The rows of every block, those outside last."""
+    places = sorted({row.block for row in rows if row.block is not None})
+    return [*([row for row in rows if row.block == place] for place in places), [r for r in rows if r.block is None]]
+
+
+def memory(model: StreamedModel, rows: tuple[Row, ...], outside: int, work: Work) -> int:
+    """Bytes of anonymous memory at the peak. outside: bytes stored of what lies outside the blocks."""
+    blocks = of_blocks(rows)
+    largest = max(row.weights for row in rows)
+    packed = max(sum(row.nbytes for row in block) for block in blocks)
+    dense = max(sum(row.weights for row in block) for block in blocks) * model.dtype.itemsize
+    rounding = 12 * largest + packed + (outside if blocks[-1] else 0)  # float32, searched in pieces, and codes
+    check = 8 * largest + dense
+    if not work.tokens:
+        return BASE + max(rounding, check)
+    text_config = model.config.get_text_config()
+    width, hidden = max(row.target.shape[1] for row in rows), text_config.hidden_size
+    tokens = 4 * hidden * HELD + 2 * 4 * width * HELD  # held out of the sums: two streams of inputs, and the debt
+    passing = work.batch * (2 * 4 * width + 8 * hidden * model.dtype.itemsize)  # inputs in float32, both streams
+    solving = COPIES * 4 * largest + SQUARES * 4 * width**2 + tokens + packed + dense
+    curves = 0
+    if work.curvature:
+        curves = sum(4 * 32 * row.target.shape[0] for row in rows)  # G in blocks of 32, of every matrix
+    states = 0 if work.offload else 2 * work.tokens * hidden * model.dtype.itemsize
+    backward = 0
+    if work.curvature and not work.offload:
+        backward = int(work.curvature * work.tokens) * (len(blocks) + 1) * hidden * model.dtype.itemsize
+    backward += 4 * work.batch * sum(sum(row.target.shape) for row in blocks[0]) if work.curvature else 0
+    tuning = outside + work.means.nbytes if work.means else 0
+    return BASE + curves + max(rounding, check, solving + passing + states, backward, tuning)
+
+
+def means(model: StreamedModel, rows: tuple[Row, ...], work: Work, room: int) -> Means:
+    """How tuning can be done within `room` bytes."""
+    return Means.within(
+        room,
+        weights=sum(row.weights for row in rows),
+        features=sum(sum(row.target.shape) for row in rows),
+        blocks=max(1, len(of_blocks(rows)) - 1),
+        tokens=work.batch,
+        itemsize=model.dtype.itemsize,
+    )
+
+
+def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work) -> float:
+    """nbytes: read and written in all."""
+    weights = sum(row.weights for row in rows)
+    low = flop(model.dtype)
+    total = _fitting(rows) + 2 * nbytes / DISK
+    if model.causal:
+        head = model.config.get_text_config().vocab_size * model.config.get_text_config().hidden_size
+        total += low * 3 * 2 * CHECKED * (weights + head)
+    if not work.tokens:
+        return total
+    matrices = max(1, len(rows) // max(1, len(of_blocks(rows)) - 1))
+    # Both streams are advanced once, and run about half of the block for each stage, of which most blocks have four;
+    # then, on what is held out, the whole block for every matrix whose rival it judges.
+    passes = 2 * (1 + 4 / 2) + JUDGED * (1 + matrices)
+    # Twice forward, once back, which is as dear without gradients of weights; both ways through the head.
+    passes += 3 * work.curvature
+    low_operations = 2 * work.tokens * weights * passes + 2 * 3 * work.curvature * work.tokens * head
+    low_operations += 2 * SLEEP * work.tokens * (weights + head) if work.sampled else 0
+    low_operations += 2 * 3 * work.tuning * work.batch * weights
+    high_operations = sum(2 * 2 * work.tokens * row.target.shape[1] ** 2 for row in rows) / 2  # two inputs are shared
+    high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
+    return total + low * low_operations + flop(torch.float32) * high_operations
+
+
+def _solving(row: Row, work: Work) -> float:
+    """Of the gptq solver: four targets, each a Cholesky factor and two solutions, the factor of the sweep, and eight
+    products of the weight with the Hessian; four sweeps more where the curvature is known.
+    """
+    rows, columns = row.target.shape
+    return (4 / 3 + 1) * columns**3 + (3 * 4 + 8 * 2 + (8 if work.curvature else 0)) * rows * columns**2
+
+
+def _fitting(rows: tuple[Row, ...]) -> float:
+    """Seconds of finding all grids and rounding to them, twice where calibrated."""
+    total = 0.0
+    measured: dict[Any, float] = {}
+    for row in rows:
+        clip = row.rule.options.get("clip", "search")
+        known = (row.format, clip)
+        if known not in measured:
+            columns = row.target.shape[1]
+            w = torch.randn(max(1, 2**19 // columns), columns)
+
+            def fit(w: torch.Tensor = w, row: Row = row, clip: Any = clip) -> object:
+                return SOLVERS["rtn"](w, None, row.format, clip=clip)
+
+            measured[known] = _timed(fit, 1) / w.numel()
+        total += measured[known] * row.weights * (2 if row.rule.solver in CALIBRATED else 1)
+    return total
+
+
+def flop(dtype: torch.dtype) -> float:
+    """Seconds of one operation in a matrix product of this type."""
+    a = torch.randn(512, 512).to(dtype)
+    return _timed(lambda: torch.mm(a, a), 3) / (2 * 512**3)
+
+
+def _timed(work: Callable[[], object], repeats: int) -> float:
+    """The shortest time of a few, in seconds: the first has more to do, and others disturb."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
