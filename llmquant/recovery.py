@@ -40,7 +40,7 @@ def solve(
     with recoveries() as noted:
         try:
             solution = SOLVERS[name](w, stats, fmt, **options)
-        except torch._C._LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             noted.append(f"{name} failed ({error}): rounded to nearest")
             solution, name = SOLVERS["rtn"](w, stats, fmt, **plain), "rtn"
         else:
