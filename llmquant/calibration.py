@@ -325,7 +325,7 @@ class Streams:
             target.name: target.seen(torch.zeros_like(weight) if gradient is None else gradient).float()
             for target, weight, gradient in zip(targets, weights, gradients, strict=True)
         }
-        return float(loss) / max(1, error.numel()), by_name
+        return float(loss.detach()) / max(1, error.numel()), by_name
 
     def _judge(self, stats: Stats, stage: Stage) -> None:
         names = ", ".join(target.name for target in stage.targets)

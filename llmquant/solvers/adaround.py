@@ -10,10 +10,12 @@ term. That is a quadratic form in Q of what calibration has summed up: its gradi
 
 Source: M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv:2004.10568, sections 3.3
 and 3.4. There the strength is 0.01, for losses of any size; here it is in the unit of what one weight loses by rounding
-to nearest.
+to nearest. Where rounding to nearest does better on tokens held out, that is kept.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from llmquant.formats import Format
 from llmquant.solvers.base import Solution
 from llmquant.solvers.block_tuning import between
-from llmquant.solvers.gptq import of_columns
+from llmquant.solvers.gptq import Ladder, of_columns, solution
 from llmquant.stats import Stats
 
 STRETCH, BELOW = 1.2, -0.1  # of the sigmoid, and where it then begins: it reaches 0 and 1
@@ -58,8 +60,10 @@ def solve(
     levels = lattice.levels.expand(len(w), -1).gather(1, low.long())
     base, step = (levels - zero) * scale + offset - w, gap * scale
     up = relaxed(base, step, start, w @ stats.cross, stats.hessian, iterations, rate, strength) >= 0.5
-    codes = lattice.codes[(low.int() + up).clamp_(max=last)]
-    return Solution(codes, grid, stats.output_energy(fmt.decode(codes, grid).sub_(w)))
+    ladder = Ladder(w, stats.held)
+    ladder.offer("rounding", fmt.encode(w, grid), grid, fmt)
+    ladder.offer("adaround", lattice.codes[(low.int() + up).clamp_(max=last)], grid, fmt)
+    return replace(solution(w, ladder.codes, grid, fmt, stats), steps=tuple(ladder.steps))
 
 
 def relaxed(
