@@ -144,7 +144,8 @@ def test_a_wrong_exponent_is_put_right(spec: str) -> None:
         lost = (fmt.decode(fmt.lattice(start).codes[places.int()], start) - w).square().sum()
         found, places = coarse.choose(w, places, start, fmt, hessian)
         again = (fmt.decode(fmt.lattice(found).codes[places.int()], found) - w).square().sum()
-        assert again <= 1.02 * best < lost
+        assert lost > best
+        assert again - best <= 0.25 * (lost - best)  # one step each way is not the whole search
 
 
 def test_fine_scales_are_not_tried() -> None:
