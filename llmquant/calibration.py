@@ -297,9 +297,7 @@ class Streams:
         """What the block puts out in the reference, for the batches that are not held out."""
         with swap.original():
             return [
-                self._run(block, self.reference[i], calls)
-                for i, calls in enumerate(self.calls)
-                if not self.held[i]
+                self._run(block, self.reference[i], calls) for i, calls in enumerate(self.calls) if not self.held[i]
             ]
 
     def gradient(

@@ -291,7 +291,7 @@ def _solve_block(
             for result in _judged(prepared, block, streams, curves, swap, solved):
                 results[result.row.target.name] = result
     if streams is not None:
-        results |= _tuned(prepared, block, streams, curves, swap, results)
+        results |= _block_tuned(prepared, block, streams, curves, swap, results)
     return [results[name] for name in rows]
 
 
@@ -334,7 +334,7 @@ def _groups(results: list[Result]) -> Iterator[list[Result]]:
         yield list(group)
 
 
-def _tuned(
+def _block_tuned(
     prepared: Prepared,
     block: int,
     streams: Streams,
@@ -349,7 +349,7 @@ def _tuned(
     for rule in rules:
         mine = {name: result for name, result in results.items() if id(result.row.rule) == rule}
         before = streams.block_error(block, swap, metric) if any(streams.held) else None
-        solutions = _tune(prepared, block, streams, swap, mine)
+        solutions = _tune_block(prepared, block, streams, swap, mine)
         for name, solution in solutions.items():
             _put(prepared, swap, mine[name].row, solution)
         after = None if before is None else streams.block_error(block, swap, metric)
@@ -369,15 +369,12 @@ def _original(swap: WeightSwap, row: Row) -> Tensor:
     return row.target.seen(swap.pairs[row.target.parameter][1]).float()
 
 
-def _tune(
+def _tune_block(
     prepared: Prepared, block: int, streams: Streams, swap: WeightSwap, results: dict[str, Result]
 ) -> dict[str, Solution]:
     """Matrices of one rule, from the grids of `results`, by the gradients of what the block puts out."""
     rows = {name: result.row for name, result in results.items()}
-    parts = {
-        name: Part(_original(swap, row), row.format, results[name].solution.grid)
-        for name, row in rows.items()
-    }
+    parts = {name: Part(_original(swap, row), row.format, results[name].solution.grid) for name, row in rows.items()}
     wanted = streams.outputs(block, swap)
 
     def gradient(batch: int, weights: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -408,9 +405,7 @@ def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     if name in TUNERS:  # where tuning starts
         name, options = "rtn", {"clip": options.get("clip", default_of(TUNERS[name], "clip"))}
     try:
-        solution, name, noted = recovery.solve(
-            w, stats, row.format, name, options, calibrated=row.block is not None
-        )
+        solution, name, noted = recovery.solve(w, stats, row.format, name, options, calibrated=row.block is not None)
     except LlmquantError as error:
         raise type(error)(f"{row.key}: {error}") from None
     outputs = None if stats is None else stats.output_energy(w)  # as dear as a step of the solver, and wanted twice

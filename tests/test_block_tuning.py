@@ -156,7 +156,8 @@ def test_autoround_beats_where_it_started(spec: str) -> None:
     start = fmt.decode(fmt.encode(w, part.grid), part.grid)
     lost = [float((x @ (q - w).T).square().sum()) for q in (fmt.decode(solution.codes, solution.grid), start)]
     assert lost[0] <= lost[1]
-    assert lost[0] < lost[1] or spec == "mxint8"  # whose losses are small beside those of the first steps
+    # With eight bits there is little to lose, and the first steps may lose all there is to gain.
+    assert lost[0] < lost[1] or spec in ("mxint8", "fp8_e4m3:channel")
 
 
 def test_autoround_leaves_planted_weights_alone() -> None:

@@ -10,8 +10,17 @@ from llmquant.solvers.base import Solution, Solver, Step, default_of, recoveries
 from llmquant.solvers.block_tuning import Tuner
 
 __all__ = [
-    *("CALIBRATED", "REFUSALS", "SOLVERS", "TUNERS"),
-    *("Solution", "Solver", "Step", "Tuner", "default_of", "recoveries", "wrong_option"),
+    "CALIBRATED",
+    "REFUSALS",
+    "SOLVERS",
+    "TUNERS",
+    "Solution",
+    "Solver",
+    "Step",
+    "Tuner",
+    "default_of",
+    "recoveries",
+    "wrong_option",
 ]
 
 SOLVERS: dict[str, Solver] = {
