@@ -49,7 +49,7 @@ METHODS = {
     "rtn": "llmquant",
     "rtn-mse": "llmquant",
     **{f"llmquant-{quality}": "llmquant" for quality in QUALITIES},
-    **{f"own-{solver}": "llmquant" for solver in ("gptq", "gptaq", "hqq")},
+    **{f"own-{solver}": "llmquant" for solver in ("gptq", "gptaq", "adaround", "autoround", "hqq")},
     "gptqmodel": "gptqmodel",
     "llm-compressor-gptq": "llm-compressor",
     "llm-compressor-awq": "llm-compressor",
@@ -59,7 +59,7 @@ METHODS = {
 }
 TOOLS = tuple(dict.fromkeys(METHODS.values()))
 # Methods that read neither seed nor calibration text.
-SEEDLESS = ("rtn", "rtn-mse", "llmquant-fast", "llm-compressor-rtn", "hqq")
+SEEDLESS = ("rtn", "rtn-mse", "llmquant-fast", "llm-compressor-rtn", "hqq", "own-hqq")
 KEY = ("model", "format", "method", "seed", "only_divisible")  # what tells one result from another
 Result = dict[str, Any]
 

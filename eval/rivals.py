@@ -328,9 +328,10 @@ def hqq(job: Job) -> Weights:
 METHODS: dict[str, Callable[[Job], Weights]] = {
     "rtn": lambda job: rtn(job, "minmax"),
     "rtn-mse": lambda job: rtn(job, "mse"),
-    # Methods as published, by the code of this project; of hqq too the zero point is real.
-    "own-gptq": lambda job: own(job, "gptq", target=False, rounds=0),
+    # Methods as published, by the code of this project; of its hqq, too, the zero point is real.
     "own-gptaq": lambda job: own(job, "gptaq"),
+    "own-adaround": lambda job: own(job, "adaround"),
+    "own-autoround": lambda job: own(job, "autoround"),
     "own-hqq": lambda job: llmquant(job, "fast", "--solver", "hqq", convention="asym_float"),
     "gptqmodel": gptqmodel,
     "auto-round": auto_round,

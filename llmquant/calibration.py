@@ -293,6 +293,38 @@ class Streams:
             total += _in_metric(error, curvature)
         return total / max(1, tokens)
 
+    def outputs(self, block: int, swap: WeightSwap) -> list[Tensor]:
+        """What the block puts out in the reference, for the batches that are not held out."""
+        with swap.original():
+            return [
+                self._run(block, self.reference[i], calls) for i, calls in enumerate(self.calls) if not self.held[i]
+            ]
+
+    def gradient(
+        self, block: int, batch: int, wanted: Tensor, targets: list[Target]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Of one batch that is not held out: the mean square of what the block's outputs, as it is now, lack of
+        `wanted`, and the gradient of its sum in the weights (out, in) of `targets`, by name.
+        """
+        weights = [self.model.model.get_parameter(target.parameter) for target in targets]
+        try:
+            for weight in weights:
+                weight.requires_grad_()
+            with torch.enable_grad():
+                found = self._run(block, self.quantized[batch], self.calls[batch])
+                error = (found - wanted.to(found.device)).float()
+                error = error[torch.isfinite(error.detach()).all(-1)]
+                loss = error.square().sum()
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        by_name = {
+            target.name: target.seen(torch.zeros_like(weight) if gradient is None else gradient).float()
+            for target, weight, gradient in zip(targets, weights, gradients, strict=True)
+        }
+        return float(loss.detach()) / max(1, error.numel()), by_name
+
     def _judge(self, stats: Stats, stage: Stage) -> None:
         names = ", ".join(target.name for target in stage.targets)
         if stats.dropped > MAX_DROPPED * (stats.tokens + stats.dropped):

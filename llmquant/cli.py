@@ -101,7 +101,9 @@ def quantize(
             "scales and rounding end to end, for what memory and time allow."
         ),
     ] = "balanced",
-    solver: Annotated[str, typer.Option(help="Method by name instead: rtn, gptq, gptaq, hqq, kmeans.")] = "auto",
+    solver: Annotated[
+        str, typer.Option(help="Method by name instead: rtn, gptq, gptaq, hqq, kmeans, adaround, autoround.")
+    ] = "auto",
     clip: Annotated[
         str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
     ] = None,

@@ -57,7 +57,10 @@ class Target:
 
     def matrix(self, module: nn.Module) -> Tensor:
         """The matrix in `module`, the holder, as an (out, in) view in its dtype."""
-        weight: Tensor = module.get_parameter(self.parameter.rpartition(".")[2])
+        return self.seen(module.get_parameter(self.parameter.rpartition(".")[2]))
+
+    def seen(self, weight: Tensor) -> Tensor:
+        """The matrix in a tensor of the parameter's shape, as an (out, in) view."""
         if self.expert is not None:
             weight = weight[self.expert]
         return weight.t() if self.transposed else weight.flatten(1)

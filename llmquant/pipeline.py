@@ -32,7 +32,8 @@ from llmquant.matrices import Target
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
-from llmquant.solvers import Solution
+from llmquant.solvers import TUNERS, Solution, default_of
+from llmquant.solvers.block_tuning import Part
 from llmquant.stats import Stats, energy
 from llmquant.verification import Verification
 from llmquant.version import __version__
@@ -302,7 +303,7 @@ def _solve_block(
         if not wanted:
             continue
         seen: Iterable[tuple[Target, Stats | None]] = ((target, None) for target in stage.targets)
-        if streams is not None and stage.targets[0].name in reached:
+        if streams is not None and stage.targets[0].name in reached and any(_needs_stats(row) for row in wanted):
             seen = streams.statistics(block, stage, swap)
         for target, stats in seen:
             if (row := rows.get(target.name)) is None:
@@ -317,7 +318,13 @@ def _solve_block(
             solved = [results[row.target.name] for row in wanted]
             for result in _judged(prepared, block, streams, curves, swap, solved):
                 results[result.row.target.name] = result
+    if streams is not None:
+        results |= _block_tuned(prepared, block, streams, curves, swap, results)
     return [results[name] for name in rows]
+
+
+def _needs_stats(row: Row) -> bool:
+    return row.rule.solver not in TUNERS
 
 
 def _judged(
@@ -355,6 +362,59 @@ def _groups(results: list[Result]) -> Iterator[list[Result]]:
         yield list(group)
 
 
+def _block_tuned(
+    prepared: Prepared,
+    block: int,
+    streams: Streams,
+    curves: dict[str, Tensor],
+    swap: WeightSwap,
+    results: dict[str, Result],
+) -> dict[str, Result]:
+    """The results of matrices that are tuned together, kept where held-out tokens agree; with each rule by itself."""
+    rules = list(dict.fromkeys(id(result.row.rule) for result in results.values() if not _needs_stats(result.row)))
+    found: dict[str, Result] = {}
+    metric = curves.get(prepared.model.block_names[block])
+    for rule in rules:
+        mine = {name: result for name, result in results.items() if id(result.row.rule) == rule}
+        before = streams.block_error(block, swap, metric) if any(streams.held) else None
+        solutions = _tune_block(prepared, block, streams, swap, mine)
+        for name, solution in solutions.items():
+            _put(prepared, swap, mine[name].row, solution)
+        after = None if before is None else streams.block_error(block, swap, metric)
+        kept = before is None or after is None or after < before
+        step = {"name": "tuning", "error": after, "before": before, "kept": kept}
+        for name, result in mine.items():
+            w = _original(swap, result.row)
+            solution = solutions[name] if kept else result.solution
+            _put(prepared, swap, result.row, solution)
+            report = {**_report(result.row, w, solution, None, None), "solver": result.row.rule.solver, "steps": [step]}
+            found[name] = Result(result.row, solution, report)
+    return found
+
+
+def _original(swap: WeightSwap, row: Row) -> Tensor:
+    """The weight (out, in) float32 as it was before anything took its place."""
+    return row.target.seen(swap.pairs[row.target.parameter][1]).float()
+
+
+def _tune_block(
+    prepared: Prepared, block: int, streams: Streams, swap: WeightSwap, results: dict[str, Result]
+) -> dict[str, Solution]:
+    """Matrices of one rule, from the grids of `results`, by the gradients of what the block puts out."""
+    rows = {name: result.row for name, result in results.items()}
+    parts = {name: Part(_original(swap, row), row.format, results[name].solution.grid) for name, row in rows.items()}
+    wanted = streams.outputs(block, swap)
+
+    def gradient(batch: int, weights: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        for name, weight in weights.items():
+            _put_weight(prepared, swap, rows[name], weight)
+        return streams.gradient(block, batch, wanted[batch], [row.target for row in rows.values()])
+
+    rule = next(iter(rows.values())).rule
+    seed = prepared.job.seed * len(prepared.model.block_names) + block
+    return TUNERS[rule.solver](parts, gradient, len(wanted), seed, **rule.options)
+
+
 def _solve_outside(prepared: Prepared) -> list[Result]:
     """What rules name outside the blocks, from the weights alone."""
     rows, model = prepared.plan.of_block(None), prepared.model
@@ -369,10 +429,11 @@ def _solve_outside(prepared: Prepared) -> list[Result]:
 def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     """weight (out, in) in the model's type."""
     w = weight.float()
+    name, options = row.rule.solver, row.rule.options
+    if name in TUNERS:  # where tuning starts
+        name, options = "rtn", {"clip": options.get("clip", default_of(TUNERS[name], "clip"))}
     try:
-        solution, name, noted = recovery.solve(
-            w, stats, row.format, row.rule.solver, row.rule.options, calibrated=row.block is not None
-        )
+        solution, name, noted = recovery.solve(w, stats, row.format, name, options, calibrated=row.block is not None)
     except LlmquantError as error:
         raise type(error)(f"{row.key}: {error}") from None
     outputs = None if stats is None else stats.output_energy(w)  # as dear as a step of the solver, and wanted twice
@@ -410,9 +471,13 @@ def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, output
 
 
 def _put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
-    decoded = row.format.decode(solution.codes, solution.grid).to(prepared.model.dtype)
+    _put_weight(prepared, swap, row, row.format.decode(solution.codes, solution.grid))
+
+
+def _put_weight(prepared: Prepared, swap: WeightSwap, row: Row, weight: Tensor) -> None:
     parameter = prepared.model.model.get_parameter(row.target.parameter)
-    swap.replace(row.target.parameter, parameter, row.target.stored(decoded), row.target.expert)
+    stored = row.target.stored(weight.to(prepared.model.dtype))
+    swap.replace(row.target.parameter, parameter, stored, row.target.expert)
 
 
 def _save_block(

@@ -108,15 +108,16 @@ class Recipe:
         """Raises PlanError for unknown formats, solvers and options, for solvers that cannot do what a rule asks of
         them, and for rules that match none of the modules.
         """
-        from llmquant.solvers import CALIBRATED, REFUSALS, SOLVERS, wrong_option
+        from llmquant.solvers import CALIBRATED, REFUSALS, SOLVERS, TUNERS, wrong_option
 
         for rule in self.rules:
             fmt = None if rule.format is None else formats.get(rule.format)
-            if rule.solver not in SOLVERS:
-                raise PlanError(f"solver {rule.solver!r} is unknown: known are {', '.join(SOLVERS)}")
+            known: dict[str, Any] = {**SOLVERS, **TUNERS}
+            if rule.solver not in known:
+                raise PlanError(f"solver {rule.solver!r} is unknown: known are {', '.join(known)}")
             if rule.solver in CALIBRATED and not calibrated:
                 raise PlanError(f"solver {rule.solver!r} needs calibration: use --quality balanced, or solver rtn")
-            problem = wrong_option(SOLVERS[rule.solver], rule.options)
+            problem = wrong_option(known[rule.solver], rule.options)
             if problem is None and fmt is not None and rule.solver in REFUSALS:
                 problem = REFUSALS[rule.solver](fmt)
             if problem is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from llmquant import formats
 from llmquant.errors import PlanError
 from llmquant.recipe import Recipe, Rule
-from llmquant.solvers import SOLVERS, gptq, loops
+from llmquant.solvers import SOLVERS, coarse, gptq, loops
 from llmquant.stats import Stats
 
 SPECS = [
@@ -103,6 +104,54 @@ def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
         losses.append(loss())
     assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
     assert losses[-1] < losses[0]
+
+
+COARSE = ["mxfp4", "mxint8", "mxfp6_e2m3", "nvfp4", "mx4", "mx6", "vsq4:s4", "vsq3:s4"]
+
+
+@pytest.mark.parametrize("spec", COARSE)
+def test_coarse_scales_are_chosen_again_and_the_loss_only_falls(spec: str) -> None:
+    fmt, w = settled(spec), weight()
+    hessian = gptq.damped(calibrated().hessian, 0.01)
+    grid = fmt.fit(w)
+    places = gptq.sweep(w, hessian, fmt.lattice(grid))
+
+    def losses(places: Tensor, grid: formats.Grid) -> Tensor:
+        error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
+        return ((error @ hessian.double()) * error).sum(1)
+
+    other, moved = coarse.choose(w, places, grid, fmt, hessian)
+    before, after = losses(places, grid), losses(moved, other)
+    assert (after <= before * (1 + 1e-4)).all()  # row by row
+    assert after.sum() < before.sum() or spec == "mxint8"
+    codes = fmt.lattice(other).codes[moved.int()]
+    found, stored = fmt.unpack(fmt.pack(codes, other), (48, 112))
+    assert torch.equal(found, codes)
+    assert stored.equals(other)
+
+
+@pytest.mark.parametrize("spec", COARSE)
+def test_a_wrong_exponent_is_put_right(spec: str) -> None:
+    """Every scale is twice or half what it should be: with inputs alike, trying the others finds the way back."""
+    fmt, w = settled(spec), weight()
+    grid = fmt.fit(w)
+    hessian, best = torch.eye(112), (fmt.decode(fmt.encode(w, grid), grid) - w).square().sum()
+    for which in (0, 1):
+        wrong = fmt.alternative(grid, which)
+        assert wrong is not None
+        start = replace(grid, scale=wrong[1])
+        places = gptq.sweep(w, hessian, fmt.lattice(start))
+        lost = (fmt.decode(fmt.lattice(start).codes[places.int()], start) - w).square().sum()
+        found, places = coarse.choose(w, places, start, fmt, hessian)
+        again = (fmt.decode(fmt.lattice(found).codes[places.int()], found) - w).square().sum()
+        assert lost > best
+        assert again - best <= 0.25 * (lost - best)  # one step each way is not the whole search
+
+
+def test_fine_scales_are_not_tried() -> None:
+    for spec in ("int4:g32", "nf4:g32:dq", "kmeans3:channel", "ternary:g32", "fp8_e4m3:block"):
+        fmt = settled(spec)
+        assert fmt.alternative(fmt.fit(weight()), 0) is None
 
 
 # ---- pieces, against references

@@ -183,6 +183,14 @@ class Format(ABC):
         scale: of the shape of `grid.scale[:, group]`. A scale that is bound to others stays as it is in the grid.
         """
 
+    def alternative(self, grid: Grid, which: int) -> tuple[int, Tensor] | None:
+        """Other scales for the grid of a whole weight, where those that a file can hold are few and far between.
+
+        Returns how many columns change together, and the scales; those of any such columns may be taken without the
+        rest. which: 0, 1 .. until None.
+        """
+        return None
+
     @abstractmethod
     def moved(
         self, grid: Grid, *, scale: Tensor | None = None, zero: Tensor | None = None, levels: Tensor | None = None

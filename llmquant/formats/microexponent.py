@@ -103,6 +103,20 @@ class MicroExponent(Scalar):
         """As it is: a pair's scale is bound to those of its block."""
         return grid.scale[:, group]
 
+    def alternative(self, grid: Grid, which: int) -> tuple[int, Tensor] | None:
+        """A block's exponent one up, one down; a pair's own the other way."""
+        if which > 2:
+            return None
+        pairs = _in_blocks_of_pairs(grid.scale)
+        shared = pairs.amax(-1, keepdim=True)
+        if which == 2:
+            return PAIR, torch.where(pairs == shared, shared / 2, shared).flatten(1)[:, : grid.scale.shape[1]]
+        byte = shared.mul(1 / self._unit).view(torch.int32) >> 23
+        other = pairs * 2 if which == 0 else pairs / 2
+        # Halved once more for a lowered pair, it still is a normal number.
+        allowed = (byte < 254) if which == 0 else (byte > 16)
+        return BLOCK, torch.where(allowed, other, pairs).flatten(1)[:, : grid.scale.shape[1]]
+
     # ---- the file
 
     def _stored_columns(self, columns: int) -> int:
@@ -119,8 +133,7 @@ class MicroExponent(Scalar):
         }
 
     def _pack_grid(self, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
-        columns = self._stored_columns(shape[1])
-        scale = functional.pad(grid.scale, (0, columns // PAIR - grid.scale.shape[1])).unflatten(1, (-1, BLOCK // PAIR))
+        scale = _in_blocks_of_pairs(grid.scale)
         shared = scale.amax(-1, keepdim=True)
         lowered = (scale < shared) | (scale == 0)
         byte = (shared.squeeze(-1) * (1 / self._unit)).view(torch.int32) >> 23
@@ -147,6 +160,11 @@ class MicroExponent(Scalar):
 def _in_blocks(x: Tensor) -> Tensor:
     """(rows, columns) -> (rows, blocks, 16), with zeros for what a last block lacks."""
     return functional.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+
+
+def _in_blocks_of_pairs(scale: Tensor) -> Tensor:
+    """Scales of pairs (rows, pairs) -> (rows, blocks, 8), with zeros for what a last block lacks."""
+    return functional.pad(scale, (0, -scale.shape[1] % (BLOCK // PAIR))).unflatten(1, (-1, BLOCK // PAIR))
 
 
 def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:

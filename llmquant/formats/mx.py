@@ -92,6 +92,13 @@ class MX(Scalar):
         fraction, exponent = torch.frexp(scale.abs())  # the fraction is in [1/2, 1)
         return self._power(exponent - 1 + (fraction > 2**-0.5).int(), scale)
 
+    def alternative(self, grid: Grid, which: int) -> tuple[int, Tensor] | None:
+        """One exponent up, one down."""
+        if which > 1:
+            return None
+        byte = encode_exponent(grid.scale).int() + (1 if which == 0 else -1)
+        return BLOCK, decode_exponent(byte.clamp(0, 2 * BIAS))
+
     @staticmethod
     def _power(exponent: Tensor, largest: Tensor) -> Tensor:
         byte = torch.where(largest == 0, 0, exponent.clamp(-BIAS, BIAS) + BIAS)

@@ -81,6 +81,14 @@ class NVFP4(Scalar):
         outer = grid.outer.view(())
         return E4M3.levels(E4M3.codes(scale.abs() / outer).clamp_(min=1)) * outer
 
+    def alternative(self, grid: Grid, which: int) -> tuple[int, Tensor] | None:
+        """The next scale up, the next down."""
+        if which > 1:
+            return None
+        assert grid.outer is not None
+        code = E4M3.codes(grid.scale / grid.outer).to(torch.int16) + (1 if which == 0 else -1)
+        return BLOCK, E4M3.levels(code.clamp_(1, LARGEST_SCALE_CODE)) * grid.outer
+
     # ---- the file
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:

@@ -126,6 +126,15 @@ class VSQuant(Scalar):
         outer = grid.outer.expand_as(grid.scale)[:, group]
         return outer * (scale / outer).round().clamp(1, self._most)
 
+    def alternative(self, grid: Grid, which: int) -> tuple[int, Tensor] | None:
+        """The next integer up, the next down."""
+        if which > 1:
+            return None
+        assert grid.outer is not None
+        whole = (grid.scale / grid.outer).round_()
+        other = (whole + (1 if which == 0 else -1)).clamp_(1, self._most)
+        return VECTOR, grid.outer * torch.where(whole == 0, 0, other)
+
     # ---- the file
 
     def _grid_layout(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:

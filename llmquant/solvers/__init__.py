@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmquant.formats import Format
-from llmquant.solvers import gptaq, gptq, hqq, kmeans, rtn
-from llmquant.solvers.base import Solution, Solver, Step, recoveries, wrong_option
+from llmquant.solvers import adaround, autoround, gptaq, gptq, hqq, kmeans, rtn
+from llmquant.solvers.base import Solution, Solver, Step, default_of, recoveries, wrong_option
+from llmquant.solvers.block_tuning import Tuner
 
-__all__ = ["CALIBRATED", "REFUSALS", "SOLVERS", "Solution", "Solver", "Step", "recoveries", "wrong_option"]
+__all__ = [
+    "CALIBRATED",
+    "REFUSALS",
+    "SOLVERS",
+    "TUNERS",
+    "Solution",
+    "Solver",
+    "Step",
+    "Tuner",
+    "default_of",
+    "recoveries",
+    "wrong_option",
+]
 
 SOLVERS: dict[str, Solver] = {
     "rtn": rtn.solve,
@@ -16,7 +29,10 @@ SOLVERS: dict[str, Solver] = {
     "gptaq": gptaq.solve,
     "hqq": hqq.solve,
     "kmeans": kmeans.solve,
+    "adaround": adaround.solve,
 }
-CALIBRATED = {"gptq", "gptaq", "kmeans"}  # those that cannot do without
+# Those that tune all matrices of a block together, from where `rtn` leaves them.
+TUNERS: dict[str, Tuner] = {"autoround": autoround.tune}
+CALIBRATED = {"gptq", "gptaq", "kmeans", "adaround", *TUNERS}  # those that cannot do without
 # Why a format is none for the solver, if so; solvers that take every format are not named.
 REFUSALS: dict[str, Callable[[Format], str | None]] = {"hqq": hqq.refuses, "kmeans": kmeans.refuses}

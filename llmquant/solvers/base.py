@@ -65,8 +65,7 @@ def note_recovery(what: str) -> None:
 
 def wrong_option(solver: Callable[..., Any], options: dict[str, Any]) -> str | None:
     """What is wrong with the options for a solver, if anything is: all are keyword-only and have a default."""
-    parameters = inspect.signature(solver).parameters.values()
-    known = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    known = _defaults(solver)
     for name, value in options.items():
         if name not in known:
             return f"has no option {name!r}: known are {', '.join(known)}"
@@ -76,3 +75,12 @@ def wrong_option(solver: Callable[..., Any], options: dict[str, Any]) -> str | N
         if wanted in (int, float) and not 0 <= value < math.inf:
             return f"takes a finite {name} of at least 0, not {value!r}"
     return None
+
+
+def default_of(solver: Callable[..., Any], option: str) -> Any:
+    return _defaults(solver)[option]
+
+
+def _defaults(solver: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(solver).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}

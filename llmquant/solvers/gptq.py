@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
-from llmquant.solvers import loops
+from llmquant.solvers import coarse, loops
 from llmquant.solvers.base import Solution, Step, note_recovery
 from llmquant.stats import Held, Stats, energy
 
@@ -98,6 +98,7 @@ def _from_grid(
     offer("sweep")
     for round in range(rounds):
         grid = refit(aim, places, grid, fmt, hessian)
+        grid, places = coarse.choose(aim, places, grid, fmt, hessian)
         lattice = fmt.lattice(grid)
         places, _ = loops.descend(aim, places, lattice, hessian)
         offer(f"descent {round + 1}")

@@ -1,0 +1,57 @@
+"""Scales that are few and far between, such as powers of two: chosen again, for what rounding has made of the rest.
+
+With all codes as they are, a scale twice as large is hardly ever better. So the columns that share one are rounded
+afresh for every other scale, on the goal that the errors of all other columns set them, and keep what loses less of
+tr((W - Q) H (W - Q)^T), row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmquant.formats import Format, Grid
+from llmquant.solvers import gptq, loops
+
+
+def choose(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
+    """The grid and the places (out, in) uint8, after every other scale that the format names has been tried once."""
+    which = 0
+    while (other := fmt.alternative(grid, which)) is not None:
+        grid, places = _tried(w, places, grid, *other, fmt, hessian)
+        which += 1
+    return grid, places
+
+
+def _tried(
+    w: Tensor, places: Tensor, grid: Grid, width: int, scale: Tensor, fmt: Format, hessian: Tensor
+) -> tuple[Grid, Tensor]:
+    lattice = fmt.lattice(replace(grid, scale=scale))
+    old = fmt.lattice(grid)
+    error = gptq.steps_of(places, old).mul_(gptq.of_columns(old.scale, w.shape[1], old.group)).sub_(w)
+    gradient = error @ hessian
+    places, chosen = places.clone(), grid.scale.clone()
+    for start in range(0, w.shape[1], width):
+        here = slice(start, min(start + width, w.shape[1]))
+        groups = slice(start // grid.group, -(-here.stop // grid.group))
+        local, mine = hessian[here, here], error[:, here]
+        rest = gradient[:, here] - mine @ local  # what the errors of other columns ask for
+        factor = gptq.robust_factor(local)
+        goal = w[:, here] - (rest @ factor.T) @ factor
+        columns = torch.arange(start, here.stop, device=w.device)
+        found, _ = loops.gptq_block(goal, factor, lattice, columns)
+        levels = lattice.levels.expand(len(w), -1).gather(1, found.long())
+        new = levels * gptq.of_columns(scale[:, groups], here.stop - start, grid.group) - w[:, here]
+        better = _loss(new, local, rest) < _loss(mine, local, rest)
+        gradient.addmm_((new - mine) * better.unsqueeze(1), hessian[here])
+        places[better, here], error[better, here], chosen[better, groups] = (
+            each[better] for each in (found, new, scale[:, groups])
+        )
+    return replace(grid, scale=chosen), places
+
+
+def _loss(error: Tensor, hessian: Tensor, rest: Tensor) -> Tensor:
+    """Of every row, as far as these columns matter."""
+    return ((error @ hessian + 2 * rest) * error).sum(1)
