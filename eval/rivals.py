@@ -329,6 +329,7 @@ METHODS: dict[str, Callable[[Job], Weights]] = {
     "rtn": lambda job: rtn(job, "minmax"),
     "rtn-mse": lambda job: rtn(job, "mse"),
     # Methods as published, by the code of this project; of its hqq, too, the zero point is real.
+    "own-gptq": lambda job: own(job, "gptq", target=False, rounds=0),
     "own-gptaq": lambda job: own(job, "gptaq"),
     "own-adaround": lambda job: own(job, "adaround"),
     "own-autoround": lambda job: own(job, "autoround"),
