@@ -1,4 +1,4 @@
-"""Triton's interpreter computes on the bits of bfloat16 as if they were integers: here it is taught to round."""
+"""Triton's interpreter, taught to round: it computes on the bits of bfloat16 as if they were integers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+
+def hurry() -> None:
+    """Without its check of every integer operation for overflow."""
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 def repair_bfloat16() -> None:

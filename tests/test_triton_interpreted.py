@@ -37,6 +37,7 @@ if INTERPRETED:
     import interpreter
 
     interpreter.repair_bfloat16()
+    interpreter.hurry()
     from llmquant_kernels import triton_ops
     from llmquant_kernels.triton_layout import Spec
     from llmquant_kernels.triton_settings import Device, Settings, heuristic, legal

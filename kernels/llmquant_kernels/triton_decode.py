@@ -9,8 +9,6 @@ two. On a GPU this is inline assembly, two weights to an instruction; the plain 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -20,86 +18,81 @@ from . import triton_layout
 bits_of_numbers = triton.constexpr_function(triton_layout.bits_of_numbers)
 low_bits = triton.constexpr_function(triton_layout.low_bits)
 high_bits = triton.constexpr_function(triton_layout.high_bits)
+place_of = triton.constexpr_function(triton_layout.place_of)
 
 
-class Move(NamedTuple):
-    """``value |= (word >> shift) & mask``; a negative shift is one to the left."""
-
-    high: bool  # of the high part's word
-    shift: int
-    mask: int
-
-
-class Recipe(NamedTuple):
-    moves: tuple[Move, ...]
-    exponent: int | None  # of the power of two to multiply by; None: the bits are the value
+# A move, (high, shift, mask), is ``value |= (word >> shift) & mask``, of the high part's word or the low's; a negative
+# shift is one to the left. Functions of the compiler have no types, named fields or pairs as targets of loops: triton
+# 3.6 reads none of them.
 
 
 @triton.constexpr_function
-def recipe(numbers: str, part: int, f16: bool) -> Recipe:
-    """How part number `part` of eight (of 256 columns) becomes a float16 or bfloat16 in the unit of `unit_of`."""
+def moves_of(numbers, part, bits, to):
+    """The moves of code bits `bits`, a range, to bit `to` and up: those of the same word by the same shift in one."""
+    found = []
+    for bit in bits:
+        place = place_of(numbers, part, bit)
+        shift = place % 16 - (to + bit - bits[0])
+        same = [i for i in range(len(found)) if found[i][:2] == (place >= 16, shift)]
+        mask = 1 << (to + bit - bits[0])
+        if same:
+            mask += found.pop(same[0])[2]
+        found.append((place >= 16, shift, mask))
+    return found
+
+
+@triton.constexpr_function
+def recipe(numbers, part, f16):
+    """How part number `part` of eight (of 256 columns) becomes a float16 or bfloat16 in the unit of `unit_of`.
+
+    Moves, and the exponent of the power of two to multiply by; None: the bits are the value.
+    """
     bits = bits_of_numbers(numbers)
-    low = low_bits(bits)
-    start_low = low * (part % parts_of(low))
-    start_high = (high_bits(bits) or 1) * part
-    mantissa, window = (10, 11) if f16 else (7, 8)
-
-    def moves(length: int, to: int) -> tuple[Move, ...]:
-        """Code bits [0, length) to bit `to` and up."""
-        made = [Move(False, start_low - to, 2 ** min(length, low) - 1 << to)]
-        if length > low:
-            made.append(Move(True, start_high - (to + low), 2 ** (length - low) - 1 << (to + low)))
-        return tuple(made)
-
+    window = 11 if f16 else 8
+    middle = 14 if f16 else 127
     if numbers.startswith("int"):
         # Anywhere in the linear bits: where most parts already are.
-        to = min(range(window - bits + 1), key=lambda to: sum(move.shift != 0 for move in moves(bits, to)))
-        return Recipe(moves(bits, to), (14 if f16 else 127) - to)
-    place = mantissa - int(numbers[3]) if numbers[0] == "e" else 0
-    sign = bits - 1
-    source = (True, start_high + sign - low) if sign >= low else (False, start_low + sign)
-    made = _merged([*moves(sign, place), Move(source[0], source[1] - 15, 0x8000)])
+        best = []
+        for to in range(window - bits + 1):
+            made = moves_of(numbers, part, range(bits), to)
+            best.append((sum(move[1] != 0 for move in made), to, made))
+        best = min(best)
+        return best[2], middle - best[1]
+    fraction = (10 if f16 else 7) - int(numbers[3]) if numbers[0] == "e" else 0
+    made = moves_of(numbers, part, range(bits - 1), fraction)
+    sign = moves_of(numbers, part, range(bits - 1, bits), 15)[0]
+    same = [i for i in range(len(made)) if made[i][:2] == sign[:2]]
+    if same:
+        sign = (sign[0], sign[1], sign[2] + made.pop(same[0])[2])
+    made.append(sign)
     if numbers.startswith("mag"):
-        return Recipe(made, (14 if f16 else 127) - place)
+        return made, middle
     bias = 2 ** (int(numbers[1]) - 1) - 1
-    return Recipe(made, None if f16 else 127 - bias)
+    return made, None if f16 else 127 - bias
 
 
 @triton.constexpr_function
-def _merged(moves: list[Move]) -> tuple[Move, ...]:
-    """Moves of the same word by the same shift in one."""
-    found: list[Move] = []
-    for fields in moves:
-        move = Move(*fields)  # triton 3.6 passes plain tuples
-        same = [i for i in range(len(found)) if found[i][:2] == move[:2]]
-        if same:
-            found[same[0]] = found[same[0]]._replace(mask=found[same[0]].mask | move.mask)
-        else:
-            found.append(move)
-    return tuple(found)
-
-
-@triton.constexpr_function
-def parts_of(bits: int) -> int:
+def parts_of(bits):
     """Parts in a word."""
     return 8 if bits == 1 else 16 // bits
 
 
 @triton.constexpr_function
-def assembly(numbers: str, part: int, f16: bool, scaled: bool) -> str:
+def assembly(numbers, part, f16, scaled):
     """PTX for two weights: $0 from the words $1 (and $2 of the high part), then what is added, then the scale."""
     made = recipe(numbers, part, f16)
-    moves = [Move(*fields) for fields in made[0]]
+    moves = made[0]
     add = 3 if high_bits(bits_of_numbers(numbers)) else 2
     kind = "f16x2" if f16 else "bf16x2"
     lines = []
-    for move in moves:  # no tuples as targets of loops: triton 3.6 cannot read them
-        word = "$2" if move.high else "$1"
-        if move.shift:
-            lines.append(f"{'shr' if move.shift > 0 else 'shl'}.b32 u, {word}, {abs(move.shift)};")
+    for i in range(len(moves)):
+        move = moves[i]
+        word = "$2" if move[0] else "$1"
+        if move[1]:
+            lines.append(f"{'shr' if move[1] > 0 else 'shl'}.b32 u, {word}, {abs(move[1])};")
             word = "u"
-        mask = f"{move.mask << 16 | move.mask:#x}"
-        lines.append(f"lop3.b32 t, {word}, {mask}, t, 0xea;" if move is not moves[0] else f"and.b32 t, {word}, {mask};")
+        mask = f"{move[2] << 16 | move[2]:#x}"
+        lines.append(f"lop3.b32 t, {word}, {mask}, t, 0xea;" if i else f"and.b32 t, {word}, {mask};")
     if made[1] is not None:
         power = (made[1] + 15) << 10 if f16 else (made[1] + 127) << 7
         lines += [f"mov.b32 u, {power << 16 | power:#x};", f"fma.rn.{kind} t, t, u, ${add};"]

@@ -107,6 +107,20 @@ def high_bits(bits: int) -> int:
     return {3: 1, 5: 1, 6: 2, 9: 1}.get(bits, 0)
 
 
+def place_of(numbers: str, part: int, bit: int) -> int:
+    """Where bit `bit` of the code of column part `part` of eight lies in its word: from 16 up, in the high part's.
+
+    Parts lie side by side, but for e2m1: there most bits are a mask away from those of a bfloat16.
+    """
+    bits = bits_of_numbers(numbers)
+    low, high = low_bits(bits), high_bits(bits)
+    if numbers == "e2m1":
+        return ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))[part % 4][bit]
+    if bit >= low:
+        return 16 + high * part + bit - low
+    return low * (part % (8 if low == 1 else 16 // low)) + bit
+
+
 def unit_of(numbers: str, dtype: torch.dtype) -> float:
     """What decoding makes of a value of 1: a power of two, for which `row` makes up."""
     if numbers[:3] in ("int", "mag"):
@@ -329,9 +343,9 @@ def _parts(weight: PackedWeight, numbers: Numbers, spec: Spec) -> tuple[Tensor, 
     low, high = [], []
     for start, codes in _chunks(weight):
         made = _recoded(weight, numbers, codes, start)
-        low.append(arrange(made & 2 ** low_bits(bits) - 1, low_bits(bits), spec))
+        low.append(arrange(made, range(low_bits(bits)), spec))
         if high_bits(bits):
-            high.append(arrange(made >> low_bits(bits), high_bits(bits), spec))
+            high.append(arrange(made, range(low_bits(bits), bits), spec))
     return torch.cat(low), torch.cat(high) if high else None
 
 
@@ -354,19 +368,22 @@ def _recoded(weight: PackedWeight, numbers: Numbers, codes: Tensor, start: int) 
     return value.abs() | (value < 0).short() << 8
 
 
-def arrange(codes: Tensor, bits: int, spec: Spec) -> Tensor:
-    """Parts of `bits` bits (rows, in) int16 -> (strips, blocks, 512) int16, int8 for one bit."""
+def arrange(codes: Tensor, taken: range, spec: Spec) -> Tensor:
+    """The bits `taken` of codes (rows, in) int16 as words, (strips, blocks, 512) int16, int8 for one bit."""
     if spec.group != spec.padded:
         codes = pad_groups(codes, spec)
     codes = functional.pad(codes, (0, spec.steps * STEP - codes.shape[1], 0, -codes.shape[0] % STRIP))
-    parts = 8 if bits == 1 else 16 // bits
+    parts = 8 if len(taken) == 1 else 16 // len(taken)
     # strip, row: bit 3, bits 2 to 0 | block, part, column: bit 4, bit 3, bits 2 and 1, bit 0
     codes = codes.view(codes.shape[0] // STRIP, 2, 8, -1, parts, 2, 2, 4, 2)
-    codes = codes.permute(0, 3, 5, 2, 7, 6, 1, 8, 4)  # strip, block, half, lane (8, 4), number (2, 2, 2), part
-    words = torch.zeros(codes.shape[:-1], dtype=torch.int16, device=codes.device)
+    codes = codes.permute(4, 0, 3, 5, 2, 7, 6, 1, 8)  # part | strip, block, half, lane (8, 4), number (2, 2, 2)
+    words = torch.zeros(codes.shape[1:], dtype=torch.int16, device=codes.device)
     for part in range(parts):
-        words |= codes[..., part] << (bits * part)
-    words = words.to(torch.int8) if bits == 1 else words
+        shifts = [(bit, place_of(spec.numbers, part, bit) % 16 - bit) for bit in taken]
+        for shift in {shift for _, shift in shifts}:
+            mask = sum(2**bit for bit, own in shifts if own == shift)
+            words |= (codes[part] & mask) << shift if shift >= 0 else (codes[part] & mask) >> -shift
+    words = words.to(torch.int8) if len(taken) == 1 else words
     return words.reshape(words.shape[0], words.shape[1], 512)
 
 
