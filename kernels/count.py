@@ -26,10 +26,17 @@ from triton.compiler import ASTSource
 from llmquant_kernels import triton_kernels as kernels
 from llmquant_kernels.triton_layout import Spec
 from llmquant_kernels.triton_ops import FUSED
-from llmquant_kernels.triton_settings import Device, Settings, heuristic, is_even, legal
+from llmquant_kernels.triton_settings import Device, Settings, is_even, settings_for
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB for a program
+DEVICES = {  # processors, KiB of shared memory for a program
+    80: (108, 163),  # A100
+    86: (82, 99),
+    89: (128, 99),
+    90: (132, 227),  # H100, H200
+    100: (148, 227),  # B200
+    120: (170, 99),
+}
 # The shape decides only what divides by 16 and whether columns are missing.
 ROWS, COLUMNS = 4096, 4096
 
@@ -63,6 +70,11 @@ FORMATS = {
     "nf4": spec_of("tab4", "fp32", 4),
     "kmeans4 row": spec_of("tab4", "fp32", 0),
 }
+
+
+def device(capability: int) -> Device:
+    processors, shared = DEVICES[capability]
+    return Device("", processors, capability, shared * 1024)
 
 
 def compile_kernel(name: str, spec: Spec, settings: Settings, capability: int, f16: bool = False) -> Any:
@@ -197,7 +209,7 @@ def programs(counts: Counts) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100], choices=SHARED_MEMORY)
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100], choices=DEVICES)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128], help="of the activations")
     parser.add_argument("--fp16", action="store_true", help="float16 activations in place of bfloat16")
@@ -210,7 +222,9 @@ def main() -> None:
         for name in args.formats:
             for rows in args.rows:
                 spec = FORMATS[name]
-                settings = legal(heuristic(rows, spec, Device(capability=capability)), spec)
+                settings = settings_for(rows, spec, device(capability))
+                if settings.kernel == "dense":
+                    continue
                 found = count(settings.kernel, spec, settings, capability, args.fp16)
                 kinds = Counter(op.split(".")[0] for op in found.loop).most_common(6)
                 tile = f"{settings.kernel} {settings.bn}x{settings.bm} w{settings.warps}" + " scaled" * settings.scaled

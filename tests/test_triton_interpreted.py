@@ -69,7 +69,7 @@ def multiply(
     """With these settings or those of the heuristic, into a result full of NaN."""
     spec = Spec.of(prepared.spec)  # type: ignore[attr-defined]
     settings = heuristic(len(x), spec, Device()) if settings is None else Settings(*settings)
-    settings = legal(settings._replace(stages=2, scaled=settings.scaled or scaled), spec)
+    settings = legal(settings._replace(stages=2, scaled=settings.scaled or scaled), spec, Device())
     out = torch.full((len(x), spec.rows), torch.nan, dtype=x.dtype)
     return triton_ops.launch(x, parts(prepared), bias, spec, settings, out)
 
@@ -87,7 +87,8 @@ def check(weight: PackedWeight, exact: Tensor, dtype: torch.dtype, rows: int, se
 
 
 # Kinds whose codes or scales other ones, or integers below, have too.
-SAME = {f"signed{bits}" for bits in (1, 2, 3, 5, 6, 7)} | {"vsq3", "vsq5", "vsq6", "vsq7", "kmeans1", "kmeans2", "nf4_fp16"}
+SAME = {f"signed{bits}" for bits in (1, 2, 3, 5, 6, 7)}
+SAME |= {"vsq3", "vsq5", "vsq6", "vsq7", "kmeans1", "kmeans2", "nf4_fp16"}
 
 
 @everywhere
@@ -173,7 +174,46 @@ def test_the_same_twice_and_nothing_else_written() -> None:
         storage = torch.full((9 * 33 + 64,), torch.nan, dtype=F16)
         spec = Spec.of(prepared.spec)  # type: ignore[attr-defined]
         out = storage[32:-32].view(9, 33)
-        triton_ops.launch(x, parts(prepared), None, spec, legal(Settings(*settings), spec), out)
+        triton_ops.launch(x, parts(prepared), None, spec, legal(Settings(*settings), spec, Device()), out)
         assert out.isfinite().all()
         assert storage[:32].isnan().all()
         assert storage[-32:].isnan().all()
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, prepared: Prepared, bias: Tensor | None) -> None:
+        super().__init__()
+        self.prepared, self.bias = prepared, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(kernels.linear(x, self.prepared, self.bias))
+
+
+@everywhere
+@pytest.mark.parametrize("case", [Case(4, (16, 64), 32, 8), Case(3, (17, 40), 20, "tensor", offset=True)], ids=str)
+def test_the_operators_keep_torchs_rules(case: Case) -> None:
+    prepared: Any = kernels.prepare(draw(case)[0], dtype=F16)
+    x, bias = torch.randn(2, 3, case.shape[1]).half(), torch.randn(case.shape[0]).half()
+    # Without its test of autograd: none of what is passed asks for gradients.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for arguments in ((x, *parts(prepared), bias, prepared.spec), (x[0, 0], *parts(prepared), None, prepared.spec)):
+        torch.library.opcheck(torch.ops.llmquant.triton_linear.default, arguments, test_utils=checks)
+    arguments = (*parts(prepared), prepared.spec, F16, True)
+    torch.library.opcheck(torch.ops.llmquant.triton_dequantize.default, arguments, test_utils=checks)
+
+
+@everywhere
+def test_compiled_and_exported_in_one_graph() -> None:
+    case = Case(4, (16, 64), 32, 8)
+    layer = Layer(kernels.prepare(draw(case)[0], dtype=F16), torch.randn(16).half())
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 64), (5, 64), (2, 3, 64)):
+        x = torch.randn(shape).half()
+        assert torch.equal(compiled(x), layer(x))
+    x = torch.randn(4, 64).half()
+    rows = torch.export.Dim("rows", min=2, max=64)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},))
+    names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert names == ["llmquant.triton_linear.default", "aten.relu.default"]
+    y = torch.randn(7, 64).half()
+    assert torch.equal(exported.module()(y), layer(y))

@@ -29,9 +29,11 @@ place_of = triton.constexpr_function(triton_layout.place_of)
 @triton.constexpr_function
 def moves_of(numbers, part, bits, to):
     """The moves of code bits `bits`, a range, to bit `to` and up: those of the same word by the same shift in one."""
+    low = low_bits(bits_of_numbers(numbers))
+    high = high_bits(bits_of_numbers(numbers))
     found = []
     for bit in bits:
-        place = place_of(numbers, part, bit)
+        place = place_of(numbers, low, high, part, bit)
         shift = place % 16 - (to + bit - bits[0])
         same = [i for i in range(len(found)) if found[i][:2] == (place >= 16, shift)]
         mask = 1 << (to + bit - bits[0])
@@ -79,10 +81,9 @@ def parts_of(bits):
 
 @triton.constexpr_function
 def assembly(numbers, part, f16, scaled):
-    """PTX for two weights: $0 from the words $1 (and $2 of the high part), then what is added, then the scale."""
+    """PTX for two weights: $0 from the words $1 and $2 (high part), $3 is added; then multiplied by the scale $4."""
     made = recipe(numbers, part, f16)
     moves = made[0]
-    add = 3 if high_bits(bits_of_numbers(numbers)) else 2
     kind = "f16x2" if f16 else "bf16x2"
     lines = []
     for i in range(len(moves)):
@@ -95,9 +96,9 @@ def assembly(numbers, part, f16, scaled):
         lines.append(f"lop3.b32 t, {word}, {mask}, t, 0xea;" if i else f"and.b32 t, {word}, {mask};")
     if made[1] is not None:
         power = (made[1] + 15) << 10 if f16 else (made[1] + 127) << 7
-        lines += [f"mov.b32 u, {power << 16 | power:#x};", f"fma.rn.{kind} t, t, u, ${add};"]
+        lines += [f"mov.b32 u, {power << 16 | power:#x};", f"fma.rn.{kind} t, t, u, $3;"]
     if scaled:  # -0 added: mul.bf16x2 needs sm_90
-        lines += ["mov.b32 u, 0x80008000;", f"fma.rn.{kind} t, t, ${add + 1}, u;"]
+        lines += ["mov.b32 u, 0x80008000;", f"fma.rn.{kind} t, t, $4, u;"]
     return "{.reg .b32 t, u; " + " ".join(lines) + " mov.b32 $0, t;}"
 
 
@@ -171,16 +172,9 @@ def decoded(low, high, zero, NUMBERS: tl.constexpr, PART: tl.constexpr, ASM: tl.
     """Part PART of the words as DT: (number - zero) in the unit of `unit_of`, exactly. zero: -zero in that unit, DT."""
     F16: tl.constexpr = DT == tl.float16
     if ASM:
-        if high_bits(bits_of_numbers(NUMBERS)):
-            return tl.inline_asm_elementwise(
-                assembly(NUMBERS, PART, F16, False), "=r,r,r,r", [low, high.to(tl.int16), zero], dtype=zero.dtype,
-                is_pure=True, pack=2,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                assembly(NUMBERS, PART, F16, False), "=r,r,r", [low.to(tl.int16), zero], dtype=zero.dtype, is_pure=True,
-                pack=2,
-            )
+        source: tl.constexpr = assembly(NUMBERS, PART, F16, False)
+        words = [low.to(tl.int16), high.to(tl.int16), zero]
+        return tl.inline_asm_elementwise(source, "=r,r,r,r", words, dtype=zero.dtype, is_pure=True, pack=2)
     bits = taken(low.to(tl.int32), high.to(tl.int32), NUMBERS, PART, F16)
     if F16:
         value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -199,16 +193,9 @@ def decoded_scaled(
     """The same times scale, DT, rounded once."""
     F16: tl.constexpr = DT == tl.float16
     if ASM:
-        if high_bits(bits_of_numbers(NUMBERS)):
-            return tl.inline_asm_elementwise(
-                assembly(NUMBERS, PART, F16, True), "=r,r,r,r,r", [low, high.to(tl.int16), zero, scale], dtype=zero.dtype,
-                is_pure=True, pack=2,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                assembly(NUMBERS, PART, F16, True), "=r,r,r,r", [low.to(tl.int16), zero, scale], dtype=zero.dtype,
-                is_pure=True, pack=2,
-            )
+        source: tl.constexpr = assembly(NUMBERS, PART, F16, True)
+        words = [low.to(tl.int16), high.to(tl.int16), zero, scale]
+        return tl.inline_asm_elementwise(source, "=r,r,r,r,r", words, dtype=zero.dtype, is_pure=True, pack=2)
     value = decoded(low, high, zero, NUMBERS, PART, False, DT)
     return (value.to(tl.float32) * scale.to(tl.float32)).to(DT)
 
@@ -270,8 +257,17 @@ def entry(word, UNIT: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def weights(
-    low, high, zero, scale, table, NUMBERS: tl.constexpr, PART: tl.constexpr, SCALED: tl.constexpr,
-    EXACT: tl.constexpr, ASM: tl.constexpr, DT: tl.constexpr
+    low,
+    high,
+    zero,
+    scale,
+    table,
+    NUMBERS: tl.constexpr,
+    PART: tl.constexpr,
+    SCALED: tl.constexpr,
+    EXACT: tl.constexpr,
+    ASM: tl.constexpr,
+    DT: tl.constexpr,
 ):
     """Part PART of the words as DT, times scale if SCALED. zero: DT and scale: float32, of the shape of the words.
 

@@ -254,7 +254,8 @@ def gemm(
                 factor = tl.where(second, (entry(word, unit_at(p, UNITS, 1), SCALE) * BOOST)[:, None], factor)
                 if HAS_ZERO:
                     zero_word = next_word(zero_word, zeros, True, unit_at(p, UNITS, 1), 2, False)
-                    zero = tl.where(second, entry(zero_word, unit_at(p, UNITS, 1), "fp16" if F16 else "bf16").to(DT)[:, None], zero)
+                    other = entry(zero_word, unit_at(p, UNITS, 1), "fp16" if F16 else "bf16").to(DT)
+                    zero = tl.where(second, other[:, None], zero)
             w = weights(low, high, zero, factor, table, NUMBERS, p, SCALED, EXACT, ASM, DT)
             if p % 2 == 0:
                 even = w

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .reference import codes_of, of_rows, scale_of, unpack
+from .reference import codes_of, scale_of, unpack
 from .weight import PackedWeight, bits_of, integer_levels
 
 STEP = 256  # columns that the kernels take at a time
@@ -53,7 +53,7 @@ class Spec(NamedTuple):
     numbers: str
     scale: str  # a value of SCALES
     units: int  # scales stored for 256 columns: 16, 8, 4, 2 or 1; 0: one a row, applied at the end
-    zero: float  # of "int"; not where it is a tensor
+    zero: float  # of "int"; NaN where it is a tensor
     boost: int  # scales are multiplied by 2**boost where weights are scaled before the product, for float16's sake
 
     @property
@@ -107,13 +107,12 @@ def high_bits(bits: int) -> int:
     return {3: 1, 5: 1, 6: 2, 9: 1}.get(bits, 0)
 
 
-def place_of(numbers: str, part: int, bit: int) -> int:
-    """Where bit `bit` of the code of column part `part` of eight lies in its word: from 16 up, in the high part's.
+def place_of(numbers: str, low: int, high: int, part: int, bit: int) -> int:
+    """Where bit `bit` of a code in part `part` of eight lies in its word: from 16 up, in the high part's.
 
-    Parts lie side by side, but for e2m1: there most bits are a mask away from those of a bfloat16.
+    low, high: bits of either part. Parts lie side by side, but for e2m1: there most bits are a mask away from those of
+    a bfloat16.
     """
-    bits = bits_of_numbers(numbers)
-    low, high = low_bits(bits), high_bits(bits)
     if numbers == "e2m1":
         return ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))[part % 4][bit]
     if bit >= low:
@@ -158,6 +157,7 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
             row = row * weight.outer.float().squeeze(-1)
     zero = None
     if numbers.zero_grid is not None:
+        spec = spec._replace(zero=math.nan)
         zero = _words(_units((numbers.zero_grid.float() * -unit_of(numbers.name, dtype)).to(dtype), spec), spec)
     low, high = _parts(weight, numbers, spec)
     if table is not None and table.shape[0] > 1:
@@ -307,7 +307,7 @@ def _with_zero(weight: PackedWeight, found: Numbers) -> Numbers:
         zero = found.zero + weight.zero * scale
         if -256 <= top - zero <= 256 and abs(zero) <= 256:
             return replace(found, zero=float(zero))
-        return replace(found, offset=_product(weight, torch.tensor([[-float(weight.zero)]], device=weight.scale.device)))
+        return replace(found, offset=_product(weight, scale_of(weight).new_full((1, 1), -float(weight.zero))))
     grid = weight.zero.float() * scale + found.zero
     if float(grid.max()) <= 256 and float(grid.min()) >= top - 256:
         return replace(found, zero_grid=grid)
@@ -373,13 +373,13 @@ def arrange(codes: Tensor, taken: range, spec: Spec) -> Tensor:
     if spec.group != spec.padded:
         codes = pad_groups(codes, spec)
     codes = functional.pad(codes, (0, spec.steps * STEP - codes.shape[1], 0, -codes.shape[0] % STRIP))
-    parts = 8 if len(taken) == 1 else 16 // len(taken)
+    parts, low, high = 8 if len(taken) == 1 else 16 // len(taken), low_bits(spec.bits), high_bits(spec.bits)
     # strip, row: bit 3, bits 2 to 0 | block, part, column: bit 4, bit 3, bits 2 and 1, bit 0
     codes = codes.view(codes.shape[0] // STRIP, 2, 8, -1, parts, 2, 2, 4, 2)
     codes = codes.permute(4, 0, 3, 5, 2, 7, 6, 1, 8)  # part | strip, block, half, lane (8, 4), number (2, 2, 2)
     words = torch.zeros(codes.shape[1:], dtype=torch.int16, device=codes.device)
     for part in range(parts):
-        shifts = [(bit, place_of(spec.numbers, part, bit) % 16 - bit) for bit in taken]
+        shifts = [(bit, place_of(spec.numbers, low, high, part, bit) % 16 - bit) for bit in taken]
         for shift in {shift for _, shift in shifts}:
             mask = sum(2**bit for bit, own in shifts if own == shift)
             words |= (codes[part] & mask) << shift if shift >= 0 else (codes[part] & mask) >> -shift

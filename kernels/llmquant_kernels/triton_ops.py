@@ -138,12 +138,12 @@ def launch(
         split = settings.split
         work = row if split == 1 else torch.empty(split, m, spec.rows, dtype=torch.float32, device=x.device)
         grid = (triton.cdiv(spec.rows, settings.bn), split, triton.cdiv(m, settings.bm))
-        kernels.gemm[grid](
-            *common, work, *sizes, triton.cdiv(spec.steps, split), BM=settings.bm, BN=settings.bn, SPLIT=split, **numbers
-        )
+        tile = {"BM": settings.bm, "BN": settings.bn, "SPLIT": split}
+        kernels.gemm[grid](*common, work, *sizes, triton.cdiv(spec.steps, split), **tile, **numbers)
         if split > 1:
             grid = (triton.cdiv(spec.rows, ROWS_REDUCED), m, 1)
-            kernels.reduce[grid](work, row, bias, out, m, spec.rows, stride_bias, SPLIT=split, BLOCK=ROWS_REDUCED, **ends, **FUSED)
+            ends |= {"SPLIT": split, "BLOCK": ROWS_REDUCED, **FUSED}
+            kernels.reduce[grid](work, row, bias, out, m, spec.rows, stride_bias, **ends)
     return out
 
 
@@ -158,7 +158,8 @@ def decode(parts: Parts, spec: Spec, dtype: torch.dtype, f16: bool) -> Tensor:
         kernels.dequantize[(low.shape[0], spec.steps, 1)](
             low, *_or(low, high, scale, zero, table), row, row if offset is None else offset, out,
             spec.rows, columns, spec.padded, groups, stride_table, spec.steps,
-            NUMBERS=spec.numbers, SCALE=spec.scale, UNITS=spec.units, ZERO=spec.zero, HAS_ZERO=zero is not None,
+            NUMBERS=spec.numbers, SCALE=spec.scale, UNITS=spec.units, ZERO=0.0 if spec.zero != spec.zero else spec.zero,
+            HAS_ZERO=zero is not None,
             HAS_OFFSET=offset is not None, ASM=not _interpreted(), F16=f16, num_warps=1, **FUSED,
         )  # fmt: skip
     if spec.group != spec.padded:
@@ -205,4 +206,6 @@ def _device(device: torch.device) -> Device:
 @lru_cache(maxsize=64)
 def _cuda(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    return Device(found.name, found.multi_processor_count, 10 * found.major + found.minor)
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    capability = 10 * found.major + found.minor
+    return Device(found.name, found.multi_processor_count, capability, shared)
