@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def test_in_the_interpreter() -> None:
 if INTERPRETED:
     import interpreter
 
+    sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
     interpreter.repair_bfloat16()
     interpreter.hurry()
     from llmquant_kernels import triton_ops
@@ -178,6 +180,31 @@ def test_the_same_twice_and_nothing_else_written() -> None:
         assert out.isfinite().all()
         assert storage[:32].isnan().all()
         assert storage[-32:].isnan().all()
+
+
+@everywhere
+def test_the_bench_checks_and_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the clock, which needs a GPU."""
+    import bench_gpu
+
+    def seconds(calls: list[Any]) -> float:
+        assert all(call().isfinite().all() for call in calls[:1])
+        return 1e-6
+
+    monkeypatch.setattr(bench_gpu, "graph_seconds", seconds)
+    args = Namespace(dtype="float16", device="cpu")
+    subject = bench_gpu.Subject(args, "mxfp4", (32, 64))
+    case = bench_gpu.Case("mxfp4", (32, 64), 2)
+    record = bench_gpu.measure(subject, case, 1e12)
+    assert record["bytes"] == subject.weight_bytes + 2 * 2 * (64 + 32)
+    assert record["share"] == pytest.approx(record["bytes"] / 1e-6 / 1e12)
+    assert record["others"] == {"cublas": pytest.approx(1.0), "tinygemm": None, "torchao": None, "bitsandbytes": None}
+    settings = [heuristic(2, subject.spec, Device()), Settings("gemv", 8, 32, warps=2)]
+    monkeypatch.setattr(bench_gpu, "candidates", lambda *_: iter(settings))
+    assert bench_gpu.tune(subject, case)["settings"] in [one._asdict() for one in settings]
+    subject.exact += 1
+    with pytest.raises(ValueError, match="error"):
+        bench_gpu.check(subject, subject.activations(2), settings[0])
 
 
 class Layer(torch.nn.Module):

@@ -38,7 +38,7 @@ def linear(
     """``x @ w.T + bias``: x (..., columns) -> (..., rows). The rest is a Layout, for numbers of x's type."""
     shape = Spec.of(spec)
     flat = x.reshape(-1, shape.columns)
-    settings = settings_for(len(flat), shape, _device(x.device))
+    settings = settings_for(len(flat), shape, device_of(x.device))
     y = launch(flat, (low, high, scale, zero, table, row, offset), bias, shape, settings)
     return y.view(*x.shape[:-1], shape.rows)
 
@@ -199,7 +199,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
     return _cuda(device.index or 0) if device.type == "cuda" else Device()
 
 

@@ -47,7 +47,7 @@ def settings_for(m: int, spec: Spec, device: Device) -> Settings:
     """For x of m rows."""
     bucket = next((bucket for bucket in BUCKETS if m <= bucket), None)
     if bucket is not None:
-        found = _tuned(device.name).get(_key(bucket, spec))
+        found = _tuned(device.name).get(key(bucket, spec))
         if found is not None:
             return found
     return legal(heuristic(m, spec, device), spec, device)
@@ -114,7 +114,8 @@ def shared_bytes(settings: Settings, spec: Spec) -> int:
     return (settings.stages - 1) * weights + settings.stages * x + 2048
 
 
-def _key(bucket: int, spec: Spec) -> str:
+def key(bucket: int, spec: Spec) -> str:
+    """Of a weight and a number of rows in the tuned settings."""
     scale = f"{spec.scale}x{spec.units}" if spec.units else "row"
     zero = "zeros" if spec.zero != spec.zero else "one"
     return f"{spec.numbers} {scale} {zero} {spec.rows}x{spec.columns} m{bucket}"
