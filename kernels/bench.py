@@ -55,6 +55,7 @@ def _sign_magnitude(bits: int) -> Tensor:
 
 E8M0, ANY = torch.float8_e8m0fnu, 2**30
 KINDS = {
+    **{f"int{bits}": Kind(bits, 128, torch.bfloat16, {"zero": 2 ** (bits - 1)}) for bits in (2, 3, 4, 5, 6, 8)},
     "mxfp4": Kind(4, 32, E8M0, {"levels": _floats(2, 1)}),
     "mxfp6_e2m3": Kind(6, 32, E8M0, {"levels": _floats(2, 3)}),
     "mxfp6_e3m2": Kind(6, 32, E8M0, {"levels": _floats(3, 2)}),
@@ -101,7 +102,7 @@ def arguments() -> argparse.Namespace:
 def random_weight(args: argparse.Namespace, name: str, generator: torch.Generator) -> PackedWeight:
     rows, columns = args.shape
     integers = Kind(args.bits, args.group or columns, torch.bfloat16, {"zero": 2 ** (args.bits - 1)})
-    kind = KINDS.get(name, integers)
+    kind = KINDS[name] if args.kinds else integers
     fields = dict(kind.fields)
     trits, groups = "trits" in fields, -(-columns // kind.group)
 

@@ -29,7 +29,6 @@ from llmquant_kernels.triton_settings import BUCKETS, TUNED, Device, Settings, h
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (4304, 4304))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 2048)
-INTEGERS = {"int2": 2, "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8}  # groups of 128
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -43,7 +42,7 @@ def cases(args: Namespace) -> list[Case]:
     import bench
 
     kinds = args.kinds or ["all"]
-    names = [*INTEGERS, *bench.KINDS] if "all" in kinds else kinds
+    names = [*bench.KINDS] if "all" in kinds else kinds
     rows = [bucket for bucket in BUCKETS if bucket <= 256] if args.tune else ROWS
     return [Case(*case) for case in itertools.product(names, SHAPES, rows)]
 
@@ -86,7 +85,7 @@ class Subject:
         import bench
 
         self.dtype = getattr(torch, args.dtype)
-        asked = Namespace(shape=shape, bits=INTEGERS.get(kind, 4), group=128, device=args.device)
+        asked = Namespace(shape=shape, bits=4, group=128, device=args.device, kinds=[kind])
         generator = torch.Generator().manual_seed(0)
         first = bench.random_weight(asked, kind, generator)
         self.group, self.device = first.group, args.device
