@@ -6,6 +6,12 @@
 
 Several weights are used in turn (--weights), as the layers of a model are, so that no cache holds them all. Dense and
 quantized runs alternate; a ratio is the median of pairs. The last line of stdout is one JSON object.
+
+    python kernels/bench.py --suite [--dry-run]   # on a GPU: all shapes, rows and kinds, beside other kernels
+    python kernels/bench.py --tune                # on a GPU: the fastest settings of each, for llmquant_kernels/tuned
+
+Both check every product against float64 in results that were full of NaN, then time it in a CUDA graph that goes
+through more weights than the second-level cache holds. They write a JSON file.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -48,6 +55,7 @@ def _sign_magnitude(bits: int) -> Tensor:
 
 E8M0, ANY = torch.float8_e8m0fnu, 2**30
 KINDS = {
+    **{f"int{bits}": Kind(bits, 128, torch.bfloat16, {"zero": 2 ** (bits - 1)}) for bits in (2, 3, 4, 5, 6, 8)},
     "mxfp4": Kind(4, 32, E8M0, {"levels": _floats(2, 1)}),
     "mxfp6_e2m3": Kind(6, 32, E8M0, {"levels": _floats(2, 3)}),
     "mxfp6_e3m2": Kind(6, 32, E8M0, {"levels": _floats(3, 2)}),
@@ -84,13 +92,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep-decoded", action="store_true", help="trade memory for speed on many rows")
+    parser.add_argument("--suite", action="store_true", help="everything that is measured on a GPU")
+    parser.add_argument("--tune", action="store_true", help="write the fastest settings for this GPU")
+    parser.add_argument("--dry-run", action="store_true", help="print what --suite or --tune would measure")
+    parser.add_argument("--output", type=Path, help="of --suite and --tune; by default named after the GPU")
     return parser.parse_args()
 
 
 def random_weight(args: argparse.Namespace, name: str, generator: torch.Generator) -> PackedWeight:
     rows, columns = args.shape
     integers = Kind(args.bits, args.group or columns, torch.bfloat16, {"zero": 2 ** (args.bits - 1)})
-    kind = KINDS.get(name, integers)
+    kind = KINDS[name] if args.kinds else integers
     fields = dict(kind.fields)
     trits, groups = "trits" in fields, -(-columns // kind.group)
 
@@ -174,6 +186,11 @@ def measure_kind(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 @torch.no_grad()
 def main() -> None:
     args = arguments()
+    if args.suite or args.tune:
+        import bench_gpu
+
+        bench_gpu.run(args)
+        return
     kinds = list(KINDS) if "all" in (args.kinds or []) else args.kinds or [f"int{args.bits}"]
     results = []
     for kind in kinds:

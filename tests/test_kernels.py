@@ -241,7 +241,7 @@ ONE_OF_EACH = {
 
 
 def test_there_is_a_case_for_each_backend() -> None:
-    assert [backend.name for backend in kernels.BACKENDS] == [*ONE_OF_EACH, "reference"]
+    assert [backend.name for backend in kernels.BACKENDS] == ["triton", *ONE_OF_EACH, "reference"]
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -593,7 +593,8 @@ REFUSALS: list[tuple[str, dict[str, Any], torch.dtype, str, str]] = [
     ),
     ("cpu_int4_pair", {"bits": 8, "group": 64, "has_micro": True}, BF16, "cpu_decode", "no micro-exponents"),
     ("cpu_int4_pair", {"bits": 8, "group": 8, "zero": 128}, BF16, "cpu_decode", "multiples of 32, not 256 and 8"),
-    ("cpu_decode", {"bits": 4, "group": 128, "device": "cuda"}, BF16, "reference", "the weight is on cuda"),
+    ("triton", {"bits": 4, "group": 128}, BF16, "cpu_int4", "on GPUs only, the weight is on cpu"),
+    ("cpu_decode", {"bits": 4, "group": 128, "device": "mps"}, BF16, "reference", "the weight is on mps"),
 ]
 
 

@@ -1,0 +1,134 @@
+"""Which settings the Triton kernels run with, and what the bench writes: all of it needs neither triton nor a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmquant_kernels as kernels
+from llmquant_kernels import Facts, triton_settings
+from llmquant_kernels.triton_layout import Spec
+from llmquant_kernels.triton_settings import Device, Settings, heuristic, key, legal, settings_for, shared_bytes
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "kernels"))
+SPEC = Spec(4096, 4096, 128, 128, "int4", "bf16", 2, 8.0, 0)
+SPECS = [
+    SPEC,
+    SPEC._replace(rows=28672, columns=8192),
+    SPEC._replace(rows=33, columns=100),
+    SPEC._replace(numbers="e2m1", scale="e8m0", units=8, group=32, padded=32),
+    SPEC._replace(numbers="int8", scale="fp32", units=16, zero=float("nan")),
+    SPEC._replace(numbers="mag8", scale="e8m0", units=16),
+    SPEC._replace(numbers="tab4", scale="fp32", units=4),
+    SPEC._replace(numbers="int3", units=0),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.text)
+def test_settings_fit_every_gpu(spec: Spec) -> None:
+    for device in (Device("", 108, 80, 163 * 1024), Device("", 82, 86, 99 * 1024), Device(), Device("", 148, 100)):
+        for m in (1, 2, 3, 8, 9, 16, 17, 33, 64, 65, 200, 256, 257, 5000):
+            settings = settings_for(m, spec, device)
+            assert shared_bytes(settings, spec) <= device.shared
+            if settings.kernel == "gemv":
+                assert m <= settings.bm
+            if settings.kernel == "gemm":
+                assert settings.scaled or spec.units <= 2
+                share = -(-spec.steps // settings.split)
+                assert (settings.split - 1) * share < spec.steps  # no program without a step
+            assert settings.kernel == "dense" or m <= 256
+    assert settings_for(1, SPEC, Device()).kernel == "gemv"
+    assert settings_for(64, SPEC, Device()).kernel == "gemm"
+
+
+def test_measured_settings_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_settings, "TUNED", tmp_path)
+    triton_settings._tuned.cache_clear()
+    best = Settings("gemm", 16, 64, 4, 4, 2)
+    content = {"device": "Some GPU 9", "settings": {key(4, SPEC): best._asdict()}}
+    (tmp_path / "some-gpu-9.json").write_text(json.dumps(content))
+    here = Device("Some GPU 9")
+    assert settings_for(3, SPEC, here) == best  # the next greater number of rows that is tuned
+    assert settings_for(4, SPEC, here) == best
+    assert settings_for(5, SPEC, here) == settings_for(5, SPEC, Device())
+    assert settings_for(4, SPEC._replace(rows=4112), here) == settings_for(4, SPEC._replace(rows=4112), Device())
+    triton_settings._tuned.cache_clear()
+
+
+def test_spec_as_text() -> None:
+    for spec in SPECS:
+        again = Spec.of(spec.text)
+        assert again.text == spec.text
+        assert again.bits == spec.bits
+
+
+def test_a_gpu_gets_this_backend_for_any_weight() -> None:
+    pytest.importorskip("triton")
+    for facts in (
+        Facts(4, (64, 256), 128, device="cuda"),
+        Facts(3, (33, 7), 5, zero=None, has_offset=True, device="cuda"),
+        Facts(4, (33, 7), 16, has_levels=True, levels_per_row=True, device="cuda"),
+        Facts(8, (33, 7), 16, has_levels=True, integer_bits=8, has_micro=True, device="cuda"),
+    ):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert kernels.choose(facts, dtype)[0] == "triton"
+    name, reasons = kernels.choose(Facts(4, (64, 256), 16, has_levels=True, has_micro=True, device="cuda"), torch.half)
+    assert name == "reference"
+    assert "micro-exponents on integers only" in reasons["triton"]
+
+
+def test_nothing_of_triton_is_imported_before_a_gpu_is_asked_for() -> None:
+    code = "import sys, llmquant_kernels; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+RECORD: dict[str, Any] = {
+    "kind": "int4",
+    "shape": [4096, 4096],
+    "rows": 1,
+    "microseconds": 4.0,
+    "share": 0.5,
+    "error": 1e-3,
+    "others": {"cublas": 10.0, "tinygemm": None, "torchao": "RuntimeError: no"},
+}
+
+
+def test_tables_of_the_bench() -> None:
+    import bench_gpu
+
+    records = [RECORD, {**RECORD, "rows": 16, "others": {"cublas": 2.0}}, {**RECORD, "kind": "nf4", "rows": 16}]
+    assert bench_gpu.table(records).splitlines() == [
+        "| speed-up over cublas | 1 | 16 |",
+        "|---|---|---|",
+        "| int4 4096x4096 | 2.50 | 0.50 |",
+        "| nf4 4096x4096 | - | 2.50 |",
+    ]
+    assert bench_gpu.table([RECORD], "torchao").splitlines()[-1] == "| int4 4096x4096 | - |"
+    said = bench_gpu.line(RECORD)
+    assert "4.0 us, " in said
+    assert "cublas 2.50x" in said
+    assert "torchao" not in said
+
+
+def test_candidates_are_legal_and_begin_with_the_heuristic() -> None:
+    import bench_gpu
+
+    for rows in (1, 16, 64, 256):
+        found = list(bench_gpu.candidates(rows, SPEC, Device()))
+        assert found[0] == legal(heuristic(rows, SPEC, Device()), SPEC, Device())
+        assert len(found) == len(set(found)) > 10
+        assert all(legal(settings, SPEC, Device()) == settings for settings in found)
+
+
+def test_the_plan_of_the_bench_needs_no_gpu() -> None:
+    command = [sys.executable, str(ROOT / "kernels" / "bench.py"), "--suite", "--kinds", "int4", "nf4", "--dry-run"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "int4 28672x8192, rows 1 2 4 8 16 32 64 128 256 2048" in found.stdout
+    assert found.stdout.splitlines()[-1] == "100 cases"
