@@ -21,7 +21,10 @@ from llmquant.formats import Format
 from llmquant.matrices import Target
 from llmquant.output import free_bytes
 from llmquant.recipe import Recipe, Rule
-from llmquant.solvers import CALIBRATED, SOLVERS
+from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
+
+
+BATCH_TOKENS = 8 * 512  # that go through a block at once, by default
 
 
 @dataclass(frozen=True)
@@ -219,13 +222,28 @@ def _peak_memory(checkpoint: Checkpoint, model: StreamedModel, rows: tuple[Row, 
     decoded = max(sum(row.weights for row in block) for block in of_blocks) * model.dtype.itemsize
     streams = 3 * tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize
     solving = 8 * 4 * largest + 7 * 4 * width**2  # the weight, its target, errors and gradients; the Hessian's factors
-    return base + max(outside, solving + packed + decoded) + streams
+    tuning = max(_tuning_memory([row for row in block if row.rule.solver in TUNERS]) for block in of_blocks)
+    tuning += streams // 3 if tuning else 0  # the block's own outputs
+    return base + max(outside, max(solving, tuning) + packed + decoded) + streams
 
 
-def _operations(rows: int, columns: int) -> float:
-    """Of the gptq solver: three targets, each a Cholesky factor and two solutions, the factor of the sweep, and eight
-    products of the weight with the Hessian.
+def _tuning_memory(rows: list[Row]) -> int:
+    """Of the matrices of a block that are tuned together: 11 numbers for every weight, and what the gradient of a batch
+    needs of inputs and outputs.
     """
+    return sum(11 * 4 * row.weights + 2 * 4 * BATCH_TOKENS * sum(row.target.shape) for row in rows)
+
+
+def _operations(row: Row) -> float:
+    """Of the gptq solver: three targets, each a Cholesky factor and two solutions, the factor of the sweep, and eight
+    products of the weight with the Hessian. Of those that iterate what an iteration takes: a product with the Hessian,
+    or the block and its gradients for a batch.
+    """
+    rows, columns = row.target.shape
+    name = row.rule.solver
+    if name == "adaround" or name in TUNERS:
+        iterations: int = row.rule.options.get("iterations", default_of({**SOLVERS, **TUNERS}[name], "iterations"))
+        return iterations * rows * columns * (6 * BATCH_TOKENS if name in TUNERS else 2 * columns)
     return (3 / 3 + 2 / 3) * columns**3 + (3 * 4 + 8 * 2) * rows * columns**2
 
 
@@ -251,6 +269,6 @@ def _seconds(rows: tuple[Row, ...], tokens: int) -> float:
         # Two streams through the block about three times (stages, then advance), and two outer products of every input.
         forward = 3 * 2 * 2 * tokens * sum(row.weights for row in rows)
         statistics = 2 * 2 * tokens * sum(row.target.shape[1] ** 2 for row in rows)
-        solving = sum(_operations(*row.target.shape) for row in rows if row.rule.solver in CALIBRATED)
+        solving = sum(_operations(row) for row in rows if row.rule.solver in CALIBRATED)
         total += flop * (forward + statistics + solving)
     return total
