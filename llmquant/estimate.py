@@ -19,7 +19,7 @@ from llmquant.blocks import StreamedModel
 from llmquant.formats import Format
 from llmquant.matrices import Target
 from llmquant.recipe import Rule
-from llmquant.solvers import CALIBRATED, SOLVERS
+from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
 from llmquant.stats import HELD
 from llmquant.tune import Means
 
@@ -101,7 +101,16 @@ def memory(model: StreamedModel, rows: tuple[Row, ...], outside: int, work: Work
         backward = int(work.curvature * work.tokens) * (len(blocks) + 1) * hidden * model.dtype.itemsize
     backward += 4 * work.batch * sum(sum(row.target.shape) for row in blocks[0]) if work.curvature else 0
     tuning = outside + work.means.nbytes if work.means else 0
+    together = max(_together([row for row in block if row.rule.solver in TUNERS], work.batch) for block in blocks)
+    solving += together + (work.tokens * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
     return BASE + curves + max(rounding, check, solving + passing + states, backward, tuning)
+
+
+def _together(rows: list[Row], tokens: int) -> int:
+    """Of the matrices of a block that are tuned together: 11 numbers for every weight, and what the gradient of a batch
+    needs of inputs and outputs.
+    """
+    return sum(11 * 4 * row.weights + 2 * 4 * tokens * sum(row.target.shape) for row in rows)
 
 
 def means(model: StreamedModel, rows: tuple[Row, ...], work: Work, room: int) -> Means:
@@ -142,9 +151,15 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
 
 def _solving(row: Row, work: Work) -> float:
     """Of the gptq solver: four targets, each a Cholesky factor and two solutions, the factor of the sweep, and eight
-    products of the weight with the Hessian; four sweeps more where the curvature is known.
+    products of the weight with the Hessian; four sweeps more where the curvature is known. Of those that iterate what
+    an iteration takes: a product with the Hessian, or the block and its gradients for a batch.
     """
     rows, columns = row.target.shape
+    name = row.rule.solver
+    if name == "adaround" or name in TUNERS:
+        solver = {**SOLVERS, **TUNERS}[name]
+        iterations: int = row.rule.options.get("iterations", default_of(solver, "iterations"))
+        return iterations * rows * columns * (6 * work.batch if name in TUNERS else 2 * columns)
     return (4 / 3 + 1) * columns**3 + (3 * 4 + 8 * 2 + (8 if work.curvature else 0)) * rows * columns**2
 
 
