@@ -96,7 +96,7 @@ class StreamedModel:
         config = _read_config(checkpoint, trust_remote_code, decoded)
         self.causal = _is_causal(config)
         self.dtype = dtype or _stored_dtype(checkpoint, config)
-        self.model = _skeleton(config, self.causal, self.dtype, trust_remote_code)
+        self.model = _skeleton(config, self.dtype, trust_remote_code)
         self.config = self.model.config
         for module in self.model.modules():  # the buffers that are computed, such as rotary frequencies, are real
             for name, buffer in module._buffers.items():
@@ -140,6 +140,20 @@ class StreamedModel:
             for target in found
             if target.parameter not in excluded and not (self.causal and target.kernel)
         }
+
+    def embeddings(self) -> dict[str, Target]:
+        """The embeddings outside the blocks, by name in memory, as matrices (entries, size); no shared ones."""
+        parts = {name: module for name, module in self._parts(None) if isinstance(module, nn.Embedding)}
+        return {
+            name: Target(name, (module.weight.shape[0], module.weight.shape[1]), transposed=False, bias=False)
+            for name, module in parts.items()
+            if f"{name}.weight" not in self._tied
+        }
+
+    def shared_with(self, name: str) -> str | None:
+        """The tensor with which a module named in memory shares its weight, if it does."""
+        pairs = self.model.all_tied_weights_keys.items()
+        return next((b if a == f"{name}.weight" else a for a, b in pairs if f"{name}.weight" in (a, b)), None)
 
     def module(self, target: Target) -> nn.Module:
         """The module that holds a target's weight; on meta while its block is not loaded."""
@@ -497,7 +511,8 @@ def _read_config(checkpoint: TensorSource, trust_remote_code: bool, decoded: boo
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
-    """Whether it is a causal language model: the class that the config names is one, or is unknown here or not named.
+    """Whether it is a causal language model, or has one as a part: so is the class that the config names, or none is
+    named, or it is unknown here.
 
     Raises PlanError where no class is named and the kind of model has others.
     """
@@ -505,7 +520,8 @@ def _is_causal(config: PretrainedConfig) -> bool:
     causal = not encoder and not getattr(config, "is_encoder_decoder", False)
     named = class_named(config.architectures)
     if named is not None:
-        return causal and named.__name__ == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        own = named.__name__ == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        return causal and (own or _has_language_part(named, config))
     if not causal:
         raise PlanError(
             f"{config.model_type!r} is not a causal language model, and config.json does not say what it is: name its "
@@ -514,18 +530,24 @@ def _is_causal(config: PretrainedConfig) -> bool:
     return True
 
 
-def _skeleton(config: PretrainedConfig, causal: bool, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _has_language_part(kind: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    """Whether a model writes text after what else it reads: images, say. Its blocks are those of its language part."""
+    text = text_config(config)
+    return text is not config and kind.can_generate() and not getattr(text, "is_encoder_decoder", False)
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The model without data: parameters on the meta device, computed buffers real."""
     # The attention implementation is left to the model: forcing one changes the results of some.
     named = class_named(config.architectures)
     try:
         with init_empty_weights(include_buffers=False):
-            if causal or named is None:
+            if named is None:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             else:
                 model = named._from_config(config, dtype=dtype)
     except Exception as error:  # of a config that its class takes and the model does not
-        kind = "causal language model" if causal or named is None else named.__name__
+        kind = "causal language model" if named is None else named.__name__
         raise PlanError(f"no {kind} can be built for {config.model_type!r}: {error}") from error
     return model.eval()
 

@@ -36,6 +36,7 @@ class Streams:
     model: StreamedModel
     reference: list[Tensor]
     quantized: list[Tensor]
+    tokens: list[Tensor]
     calls: list[list[Call]]  # per batch, per block
     held: list[bool]  # per batch: whether its tokens stay out of all sums, to judge solutions on
     _in_place: bool = False  # hidden states are written over, where they lie
@@ -55,12 +56,13 @@ class Streams:
         The last eighth of the windows is held out, and one of a few. offload: a folder in which the hidden states of
         both streams lie, on the CPU whatever the model's device, instead of in memory.
         """
-        streams = cls(model, [], [], [], [])
+        streams = cls(model, [], [], [], [], [])
         model.load_outside()
         summed = summed_windows(len(windows))
         batches = [*windows[:summed].split(batch), *(windows[summed:].split(batch) if summed < len(windows) else ())]
         streams.held = [index >= -(-summed // batch) for index in range(len(batches))]
         for tokens in batches:
+            streams.tokens.append(tokens)
             hidden, calls = model.embed(tokens.to(model.device))
             streams.reference.append(hidden if offload is None else _written(hidden, offload))
             streams.calls.append(streams._shared(calls))
@@ -190,6 +192,33 @@ class Streams:
             for handle in handles:
                 handle.remove()
         return next(iter(found), None), next(iter(carried), None)
+
+    def behind_blocks(self, target: Target) -> Stats | None:
+        """Statistics of the input of a linear outside the blocks, once the streams have left the last of them.
+
+        What lies outside must be loaded. None where text does not come through it.
+        """
+        stats = Stats.empty(target.shape[1], self.model.device)
+        for i, tokens in enumerate(self.tokens):
+            found: list[Tensor] = []
+
+            def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
+                found.append(args[0])  # noqa: B023 (called below, and never again)
+                raise _SeenEnough
+
+            for stream in (self.reference, self.quantized):
+                handle = self.model.module(target).register_forward_pre_hook(catch)
+                try:
+                    self.model.logits(tokens, stream[i].to(self.model.device))
+                except _SeenEnough:
+                    pass
+                finally:
+                    handle.remove()
+            if len(found) < 2:
+                return None
+            self._add(stats, i, found[1], found[0])
+        self._judge(stats, Stage([target]))
+        return stats
 
     def _of_experts(self, block: int, stage: Stage, swap: WeightSwap) -> Iterator[tuple[Target, Stats]]:
         """Each expert with the statistics of the tokens sent to it, and of all where those are few.

@@ -404,11 +404,13 @@ def _load(model: str, dtype: str, trust_remote_code: bool) -> Any:
     import transformers
 
     import llmquant.hf  # noqa: F401  (registers the loader)
-    from llmquant.checkpoint import locate
+    from llmquant.checkpoint import Checkpoint, locate
+    from llmquant.matrices import loader_of
 
     transformers.utils.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        locate(model), dtype=_dtype(dtype), trust_remote_code=trust_remote_code
+    folder = locate(model)
+    loaded = loader_of(Checkpoint(folder).config()).from_pretrained(
+        folder, dtype=_dtype(dtype), trust_remote_code=trust_remote_code
     )
     return loaded.to(_default_device()).eval()
 

@@ -33,8 +33,8 @@ from llmquant.checkpoint import DTYPES, Checkpoint, check_config, locate
 from llmquant.errors import CheckpointError, LlmquantError, PlanError, VerificationError
 from llmquant.experts import layouts, packed_name
 from llmquant.formats import Format, TensorSpec
-from llmquant.linear import QuantConv, QuantExperts, QuantLinear, QuantModule
-from llmquant.matrices import CONVOLUTIONS, class_named, target_of, text_config
+from llmquant.linear import QuantConv, QuantEmbedding, QuantExperts, QuantLinear, QuantModule
+from llmquant.matrices import CONVOLUTIONS, loader_of, target_of, text_config
 from llmquant.version import __version__
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) 
     Raises CheckpointError where there is no llmquant model, or one that transformers cannot build; VerificationError
     where the model is incomplete, or is not what was written.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, **kwargs)
@@ -146,9 +146,9 @@ def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) 
         files = Checkpoint(Path(model))
         sizes = [math.prod(files.shape(name)) for name in files.names()]
     check_config(config, Path(model), sizes)
-    named = None if "auto_map" in config else class_named(config.get("architectures"))
     try:
-        return (named or AutoModelForCausalLM).from_pretrained(model, **kwargs)
+        loaded: PreTrainedModel = loader_of(config).from_pretrained(model, **kwargs)
+        return loaded
     except (LlmquantError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a config, or a request, that makes no sense leads to
@@ -218,6 +218,9 @@ def _swap_experts(model: Any, name: str, fmt: Format, transposed: bool | None) -
 
 def _counterpart(old: nn.Module, fmt: Format) -> QuantModule:
     """Raises PlanError where there is none."""
+    if isinstance(old, nn.Embedding):
+        with torch.device("meta"):
+            return QuantEmbedding(fmt, old)
     target = target_of("", old)
     if target is None:
         raise PlanError(f"it is a {type(old).__name__}, no linear layer and no plain convolution")

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 import llmquant_kernels
+from llmquant.errors import PlanError
 from llmquant.formats import Format
 from llmquant_kernels import PackedWeight
 
@@ -224,6 +225,58 @@ class QuantExperts(QuantModule):
 
     def _prepare(self, dtype: torch.dtype) -> Any:
         return self.dense(dtype)
+
+
+class QuantEmbedding(QuantModule):
+    """An embedding, of which the rows asked for are decoded. The dense module looks them up as it always did."""
+
+    _is_hf_initialized = True  # or it would be filled with random numbers when a model is loaded
+
+    def __init__(self, fmt: Format, dense: nn.Embedding) -> None:
+        """Stands for `dense`, whose weight it takes away. Raises PlanError as QuantModule does."""
+        if dense.max_norm is not None:
+            raise PlanError("an embedding with max_norm changes its own weight")
+        super().__init__(fmt, tuple(dense.weight.shape), bias=False, dtype=dense.weight.dtype)
+        del dense._parameters["weight"]
+        dense.__dict__["weight"] = self
+        self.lookup = dense
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the dense module gives: ids (...) -> (..., size), as a rule."""
+        return self.lookup(*args, **kwargs)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows ids (...) -> (..., size)."""
+        if not ids.numel():
+            return torch.empty(*ids.shape, self.matrix_shape[1], dtype=self.dtype, device=ids.device)
+        chosen, places = ids.unique(return_inverse=True)
+        return llmquant_kernels.decode(self._prepared_for(self.dtype).rows(chosen.long()), self.dtype)[places]
+
+    def __getattr__(self, name: str) -> Any:
+        """What an embedding has beside its weight."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "lookup":
+                raise
+            return getattr(self.lookup, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch's functions do with the weight."""
+        if func is functional.embedding:
+            return args[1].rows(args[0])
+        args, kwargs = tree_map_only(QuantEmbedding, _DecodedOnUse, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def explain(self, dtype: torch.dtype) -> str:
+        return "the rows that are looked up are decoded"
+
+    def extra_repr(self) -> str:
+        return f"{self.matrix_shape[0]}, {self.matrix_shape[1]}, format={self.format.spec}"
+
+    def _prepare(self, dtype: torch.dtype) -> Any:
+        return self.packed_weight
 
 
 class QuantConv(QuantModule):

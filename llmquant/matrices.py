@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import Tensor, nn
@@ -152,6 +152,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         return config.get_text_config()
     except ValueError:  # it has several
         return config
+
+
+def loader_of(config: dict[str, Any]) -> Any:
+    """What has the from_pretrained for the model of a config.json: its own class, or the one for language models."""
+    named = None if "auto_map" in config else class_named(config.get("architectures"))
+    return named or transformers.AutoModelForCausalLM
 
 
 def class_named(architectures: list[str] | None) -> type[PreTrainedModel] | None:

@@ -18,7 +18,7 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmquant import recovery, text, tune, verification
 from llmquant.blocks import StreamedModel
@@ -28,7 +28,7 @@ from llmquant.curvature import curvature
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, OutputError, PlanError, VerificationError
 from llmquant.estimate import Row, Work
 from llmquant.formats.base import all_finite
-from llmquant.matrices import Target
+from llmquant.matrices import Target, loader_of
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
@@ -170,11 +170,11 @@ def quantize(
                 results = _solve_block(prepared, block, streams, curves, swap, step)
                 _keep_lean(folder, block, results)
                 _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results)
-            if streams is not None and (block + 1 < blocks or job.tuning):
+            if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
                 streams.advance(block, swap)
             model.unload_block(block)
         if blocks not in folder.records:
-            _save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), _solve_outside(prepared))
+            _save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), _solve_outside(prepared, streams))
         tuning = _tune(prepared, folder, streams, progress) if streams is not None and job.tuning else {}
         progress("finish", plan.weights, plan.weights)
         folder.assemble(_config(prepared), prepared.checkpoint.companions())
@@ -243,7 +243,7 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
             tokenizer, calibration.source, count=calibration.samples, length=prepared.length, seed=job.seed
         )
     _check_room(prepared)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = loader_of(prepared.checkpoint.config()).from_pretrained(
         folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
     )
     windows = text.sample_windows(
@@ -415,13 +415,17 @@ def _tune_block(
     return TUNERS[rule.solver](parts, gradient, len(wanted), seed, **rule.options)
 
 
-def _solve_outside(prepared: Prepared) -> list[Result]:
-    """What rules name outside the blocks, from the weights alone."""
+def _solve_outside(prepared: Prepared, streams: Streams | None) -> list[Result]:
+    """What rules name outside the blocks: on what leaves the last of them, or from the weights alone."""
     rows, model = prepared.plan.of_block(None), prepared.model
     if not rows:
         return []
     model.load_outside()
-    results = [_solve(row, row.target.matrix(model.module(row.target)).detach(), None) for row in rows]
+    results = []
+    for row in rows:
+        calibrated = streams is not None and isinstance(model.module(row.target), nn.Linear)
+        stats = streams.behind_blocks(row.target) if streams is not None and calibrated else None
+        results.append(_solve(row, row.target.matrix(model.module(row.target)).detach(), stats))
     model.unload_outside()
     return results
 

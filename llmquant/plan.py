@@ -149,7 +149,14 @@ def _check_recipe(model: StreamedModel, recipe: Recipe, calibrated: bool) -> Non
     patterns = {rule.pattern for rule in recipe.rules}
     blocks = [*range(len(model.block_names)), None]
     names = [target.listed for block in blocks for target in model.targets(block).values()]
-    names = [name for name in names if name not in model.reserved or name in patterns]
+    names = [name for name in [*names, *model.embeddings()] if name not in model.reserved or name in patterns]
+    names = [name for name in names if name not in model.embeddings() or name in patterns]
+    for pattern in patterns:
+        if (other := model.shared_with(pattern)) is not None:
+            raise PlanError(
+                f"{pattern} shares its weight with {other}, and a quantized one cannot be shared: save the model with "
+                'both, and "tie_word_embeddings": false in its config.json, first'
+            )
     if not names:
         example = next(iter(model.reserved), None)
         raise PlanError(
@@ -162,7 +169,9 @@ def _check_recipe(model: StreamedModel, recipe: Recipe, calibrated: bool) -> Non
 def _decide(
     checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, block: int | None, kernels: dict[Any, str]
 ) -> Iterator[Row | Kept]:
-    for target in model.targets(block).values():
+    asked = {rule.pattern for rule in recipe.rules}
+    embeddings = [] if block is not None else [t for name, t in model.embeddings().items() if name in asked]
+    for target in [*model.targets(block).values(), *embeddings]:
         name, rule = target.listed, recipe.rule_for(target.listed)
         sources = model.source_keys(target)
         named = rule is not None and rule.pattern == name

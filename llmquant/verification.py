@@ -108,7 +108,7 @@ class Decoded:
         self._stored = Checkpoint(folder)
         self.matrices: dict[str, tuple[Format, Target]] = {}  # by the checkpoint's name of the dense weight
         self.experts: dict[str, tuple[Format, list[Target]]] = {}  # by the name in memory of what holds them
-        targets: dict[str, list[Target]] = {}
+        targets = {name: [target] for name, target in reference.embeddings().items()}
         for part in [*range(len(reference.block_names)), None]:
             for target in reference.targets(part).values():
                 targets.setdefault(target.listed, []).append(target)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,16 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes of all the tensors held."""
         return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
+
+    def rows(self, index: Tensor) -> PackedWeight:
+        """Some rows of it, index (n,) int64, n > 0: a copy."""
+
+        def take(tensor: Any) -> Any:
+            own = isinstance(tensor, Tensor) and tensor.dim() == 2 and len(tensor) == self.shape[0]
+            return tensor[index] if own else tensor
+
+        taken = {name: take(value) for name, value in vars(self).items()}
+        return replace(self, **{**taken, "shape": (len(index), self.shape[1])})
 
     def facts(self, device: str | None = None) -> Facts:
         """What backends decide on. `device` replaces the tensors' own: a weight on meta is asked about as on "cpu"."""
