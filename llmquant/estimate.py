@@ -8,18 +8,18 @@ short measurements on the machine: fitting a format, a product in float32, one i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from llmquant.blocks import StreamedModel
+from llmquant.formats import Format
+from llmquant.matrices import Target
+from llmquant.recipe import Rule
 from llmquant.solvers import CALIBRATED, SOLVERS
 from llmquant.stats import HELD
-
-if TYPE_CHECKING:
-    from llmquant.plan import Row
 
 BASE = 350 * 2**20  # Python, torch, transformers
 COPIES = 8  # of the weight in float32 that a calibrated solver holds: itself, target, residuals, gradients, decoded
@@ -28,6 +28,23 @@ JUDGED = 1 / 8  # share of the windows that are held out
 CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
+
+
+class Row(Protocol):
+    """A matrix that will be quantized, as the plan has it. block None: it lies outside the blocks."""
+
+    @property
+    def block(self) -> int | None: ...
+    @property
+    def target(self) -> Target: ...
+    @property
+    def format(self) -> Format: ...
+    @property
+    def rule(self) -> Rule: ...
+    @property
+    def weights(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -46,13 +63,13 @@ class Work:
     offload: bool = False
 
 
-def of_blocks(rows: tuple[Row, ...]) -> list[list[Row]]:
+def of_blocks(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of every block, those outside last."""
     places = sorted({row.block for row in rows if row.block is not None})
     return [*([row for row in rows if row.block == place] for place in places), [r for r in rows if r.block is None]]
 
 
-def memory(model: StreamedModel, rows: tuple[Row, ...], outside: int, work: Work) -> int:
+def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) -> int:
     """Bytes of anonymous memory at the peak. outside: bytes stored of what lies outside the blocks."""
     blocks = of_blocks(rows)
     largest = max(row.weights for row in rows)
@@ -79,7 +96,7 @@ def memory(model: StreamedModel, rows: tuple[Row, ...], outside: int, work: Work
     return BASE + curves + max(rounding, check, solving + passing + states, backward, tuning)
 
 
-def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work) -> float:
+def seconds(model: StreamedModel, rows: Sequence[Row], nbytes: int, work: Work) -> float:
     """nbytes: read and written in all."""
     weights = sum(row.weights for row in rows)
     low = flop(model.dtype)
@@ -111,7 +128,7 @@ def _solving(row: Row, work: Work) -> float:
     return (4 / 3 + 1) * columns**3 + (3 * 4 + 8 * 2 + (8 if work.curvature else 0)) * rows * columns**2
 
 
-def _fitting(rows: tuple[Row, ...]) -> float:
+def _fitting(rows: Sequence[Row]) -> float:
     """Seconds of finding all grids and rounding to them, twice where calibrated."""
     total = 0.0
     measured: dict[Any, float] = {}
