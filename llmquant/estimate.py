@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,13 @@ class Work:
     offload: bool = False
 
 
-def of_blocks(rows: tuple[Row, ...]) -> list[list[Row]]:
+def of_blocks(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of every block, those outside last."""
     places = sorted({row.block for row in rows if row.block is not None})
     return [*([row for row in rows if row.block == place] for place in places), [r for r in rows if r.block is None]]
 
 
-def memory(model: StreamedModel, rows: tuple[Row, ...], outside: int, work: Work) -> int:
+def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) -> int:
     """Bytes of anonymous memory at the peak. outside: bytes stored of what lies outside the blocks."""
     blocks = of_blocks(rows)
     largest = max(row.weights for row in rows)
@@ -163,7 +163,7 @@ def _solving(row: Row, work: Work) -> float:
     return (4 / 3 + 1) * columns**3 + (3 * 4 + 8 * 2 + (8 if work.curvature else 0)) * rows * columns**2
 
 
-def _fitting(rows: tuple[Row, ...]) -> float:
+def _fitting(rows: Sequence[Row]) -> float:
     """Seconds of finding all grids and rounding to them, twice where calibrated."""
     total = 0.0
     measured: dict[Any, float] = {}

@@ -115,7 +115,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "truncated shard": (truncate, 3, "truncated"),
     "missing shard": (lambda m: first_shard(m).unlink(), 3, "this shard is missing"),
     "index names absent tensors": (promise_more, 3, "the index promises model.layers.0.self_attn.ghost.weight"),
-    "index is no JSON": (lambda m: (m / checkpoint.INDEX).write_text("[]"), 3, "not a JSON object"),
+    "index is no JSON": (lambda m: (m / checkpoint.INDEX).write_text("[]"), 3, "holds list, not a JSON object"),
     "tensor missing": (forget_one, 3, "model.layers.3.mlp.up_proj.weight"),
     "NaN in a weight": (
         poison("model.layers.2.mlp.up_proj.weight", float("nan")),
