@@ -72,6 +72,7 @@ class StreamedModel:
     device, dtype: where loaded parts live, and the floating dtype they are cast to; dtype None keeps the dtype that
         the config names, else that of the first floating tensor stored.
     trust_remote_code: run the model code that the folder carries.
+    untied: the head has a weight of its own, whatever the config says.
 
     Building one reads no weights and raises
         PlanError: the architecture is unknown, or is a causal language model without repeated blocks; or the checkpoint
@@ -86,10 +87,13 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        untied: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         config = _read_config(checkpoint.folder, trust_remote_code)
+        if untied:
+            config.tie_word_embeddings = _text_config(config).tie_word_embeddings = False
         self.causal = _is_causal(config)
         self.dtype = dtype or _stored_dtype(checkpoint, config)
         self.model = _skeleton(config, self.causal, self.dtype, trust_remote_code)

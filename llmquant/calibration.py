@@ -77,10 +77,12 @@ class Streams:
         stats = Stats.empty(stage.targets[0].shape[1], self.model.device)
         for i, calls in enumerate(self.calls):
             with swap.original():
-                x_ref, carried_ref = self._inputs(block, stage, self.reference[i], calls[block])
-            x, carried = self._inputs(block, stage, self.quantized[i], calls[block])
+                x_ref, carried_ref = self.inputs(block, stage, self.reference[i], calls[block])
+            x, carried = self.inputs(block, stage, self.quantized[i], calls[block])
             if x is None or x_ref is None:
                 continue
+            if stage.scale is not None:
+                x_ref = x_ref / stage.scale
             debt = None if carried is None or carried_ref is None else carried_ref - carried
             if self.held[i]:
                 stats.hold(x, x_ref, debt, most=HELD // sum(self.held))
@@ -89,7 +91,7 @@ class Streams:
         self._judge(stats, stage)
         return stats
 
-    def _inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
+    def inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """What enters a stage, and the residual stream that its output is added to, where it is."""
         found: list[Tensor] = []
         carried = [hidden] if stage.carrier is BLOCK_INPUT else []
@@ -112,6 +114,23 @@ class Streams:
             for handle in handles:
                 handle.remove()
         return next(iter(found), None), next(iter(carried), None)
+
+    def output(self, block: int, name: str, hidden: Tensor, call: Call) -> Tensor:
+        """What the module of that name in memory puts out when the block runs; of several things, the first."""
+        found: list[Tensor] = []
+
+        def catch(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple | list) else output)
+            raise _SeenEnough
+
+        handle = self.model.model.get_submodule(name).register_forward_hook(catch)
+        try:
+            self.model.run_block(block, hidden, call)
+        except _SeenEnough:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
 
     def block_error(self, block: int, swap: WeightSwap, curvature: Tensor | None) -> float:
         """How far the block's outputs, as it is now, are from the reference on held-out tokens: the mean of e^T G e.
@@ -169,10 +188,12 @@ class Stage:
 
     carrier: what holds the residual stream that the output of the only target is added to: a module whose input it is,
     or the block's own input; None where the output is not simply added to one.
+    scale: (in,), by which the input of the quantized stream is divided; None: by nothing.
     """
 
     targets: list[Target]
     carrier: nn.Module | str | None = None
+    scale: Tensor | None = None
 
 
 def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:

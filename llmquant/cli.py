@@ -98,10 +98,13 @@ def quantize(
             "scales and rounding end to end, for what memory and time allow."
         ),
     ] = "balanced",
-    solver: Annotated[str, typer.Option(help="Method by name instead: rtn, gptq, gptaq, hqq, kmeans.")] = "auto",
+    solver: Annotated[str, typer.Option(help="Method by name instead: rtn, awq, gptq, gptaq, hqq, kmeans.")] = "auto",
     clip: Annotated[
         str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
     ] = None,
+    rotate: Annotated[
+        str, typer.Option(help="Fold random rotations into the weights: none, value (of heads), residual (these too).")
+    ] = "none",
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -156,9 +159,11 @@ def quantize(
         _dtype(dtype),
         tuning=preset.tuning,
         trust_remote_code=trust_remote_code,
+        rotate=rotate,
     )
     torch.manual_seed(seed)
-    prepared = pipeline.prepare(job, folder, overwrite=overwrite)
+    with _progress_bar(as_json) as progress:
+        prepared = pipeline.prepare(job, folder, overwrite=overwrite, progress=progress)
     if text and not prepared.model.causal:
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     if dry_run:
@@ -208,6 +213,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
     out.print(table)
     for kept in plan.kept:
         out.print(f"kept dense: {kept.name}: {kept.reason}", highlight=False, markup=False, soft_wrap=True)
+    for note in plan.notes:
+        out.print(note, highlight=False, markup=False, soft_wrap=True)
     out.print(
         f"\nsize {_size(plan.bytes_before)} -> {_size(plan.bytes_after)} "
         f"({plan.bytes_before / plan.bytes_after:.2f}x), {plan.bits_per_weight:.3f} bits per quantized weight\n"
@@ -235,6 +242,8 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     out.print(table)
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
+    if scaled := manifest["scaled"]:
+        out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):
         first, least = tuning["divergences"][0][1], min(kl for _, kl in tuning["divergences"])
         verdict = "kept" if tuning["kept"] else "not kept"
@@ -388,6 +397,10 @@ def inspect(
             f"{tensor['output_error']:.4f}" if "output_error" in tensor else "-",
         )
     out.print(table)
+    for note in facts.get("scaled", []):
+        rule = f"{note['rule']} {note['alpha']:.2f}" if "alpha" in note else note["rule"]
+        readers = ", ".join(name.removeprefix(f"{note['source'].rpartition('.')[0]}.") for name in note["readers"])
+        out.print(f"scaled: {note['source']} for {readers}: {rule}", highlight=False, markup=False, soft_wrap=True)
     before, after = facts["bytes_before"], facts["bytes_after"]
     out.print(
         f"\n{facts['model']}: {_size(before)} -> {_size(after)}, "

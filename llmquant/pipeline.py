@@ -19,19 +19,23 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmquant import text, tune
+from llmquant import equivalence, rotation, text, tune
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
+from llmquant.equivalence import Place
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
 from llmquant.formats.base import all_finite
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe
+from llmquant.scaling import Scales, awq, balance
 from llmquant.solvers import CALIBRATED, SOLVERS, Solution
 from llmquant.stats import Stats, energy
 from llmquant.version import __version__
+
+SCALED = ("awq", "gptq")  # solvers before which scales are moved
 
 # progress(what is being done, units done, units in all)
 Progress = Callable[[str, int, int], None]
@@ -69,12 +73,14 @@ class Job:
     dtype: torch.dtype | None = None
     tuning: int = 0
     trust_remote_code: bool = False
+    rotate: str = "none"  # one of rotation.MODES
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {
             "llmquant": __version__,
             "recipe": self.recipe.to_json(),
             "calibration": None if self.calibration is None else asdict(self.calibration),
+            "rotate": self.rotate,
             "seed": self.seed,
             "device": self.device,
             "dtype": str(self.dtype),
@@ -94,11 +100,19 @@ class Prepared:
     length: int
 
 
-def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
-    """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong."""
+def prepare(job: Job, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> Prepared:
+    """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong.
+
+    To rotate a model, its weights are read too: whether it can be is tried.
+    """
     check_usable(output, overwrite=overwrite)
     checkpoint = Checkpoint(locate(job.model))
-    model = StreamedModel(checkpoint, device=job.device, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    if job.rotate not in rotation.MODES:
+        raise PlanError(f"rotation {job.rotate!r} is unknown: choose one of {', '.join(rotation.MODES)}")
+    if job.rotate != "none":
+        tried = StreamedModel(checkpoint, dtype=torch.float32, **_place(job))
+        checkpoint = rotation.rotated(checkpoint, tried, job.rotate, job.seed, partial(progress, "rotate"))
+    model = StreamedModel(checkpoint, dtype=job.dtype, **_place(job), untied=checkpoint.untied)
     calibration = job.calibration
     length = 0
     if calibration is not None:
@@ -110,6 +124,11 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
         length = text.window_length(model.config, calibration.length or min(512, text.window_length(model.config)))
     tokens = 0 if calibration is None else calibration.samples * length
     return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
+
+
+def _place(job: Job) -> dict[str, Any]:
+    """How a StreamedModel of the job is made, whatever its type."""
+    return {"device": job.device, "trust_remote_code": job.trust_remote_code}
 
 
 @torch.no_grad()
@@ -125,6 +144,7 @@ def quantize(
     shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
     with OutputFolder(output, job.settings(prepared.checkpoint), overwrite=overwrite) as folder:
         streams, curves = _calibrate(prepared, folder, progress)
+        places = [] if streams is None else _places(prepared, progress)
         for block in range(blocks):
             done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
             step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
@@ -135,9 +155,11 @@ def quantize(
             if block in folder.records:
                 _restore(prepared, folder, block, swap)
             else:
-                results = _solve_block(prepared, block, streams, curves, swap, step)
+                scales = None if streams is None else Scales(streams, block, swap, places[block])
+                results = _solve_block(prepared, block, streams, curves, swap, scales, step)
                 _keep_lean(folder, block, results)
-                _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results)
+                moved = {} if scales is None else {"changed": scales.stored(), "noted": scales.to_json()}
+                _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results, **moved)
             if streams is not None and (block + 1 < blocks or job.tuning):
                 streams.advance(block, swap)
             model.unload_block(block)
@@ -229,6 +251,15 @@ def _check_room(prepared: Prepared) -> None:
         )
 
 
+def _places(prepared: Prepared, progress: Progress) -> list[list[Place]]:
+    """Of every block, where scales can be moved, if a solver wants it; float32 shows it."""
+    if not any(row.rule.solver in SCALED for row in prepared.plan.rows):
+        return [[] for _ in prepared.model.block_names]
+    checkpoint, place = prepared.checkpoint, _place(prepared.job)
+    model = StreamedModel(checkpoint, dtype=torch.float32, **place, untied=checkpoint.untied)
+    return equivalence.find_all(model, partial(progress, "scales"))
+
+
 # ---- one block
 
 
@@ -248,6 +279,7 @@ def _solve_block(
     streams: Streams | None,
     curves: dict[str, Tensor],
     swap: WeightSwap,
+    scales: Scales | None,
     step: Callable[[int], None],
 ) -> list[Result]:
     """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
@@ -261,11 +293,15 @@ def _solve_block(
         if not wanted:
             continue
         stats = None
-        if streams is not None and stage.targets[0].name in reached:
-            stats = streams.collect(block, stage, swap)
+        if streams is not None and scales is not None and stage.targets[0].name in reached:
+            stats = _scaled(scales, rows, stage)
         for row in wanted:
-            own = stats and replace(stats, curvature=curves.get(row.target.name))
-            result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), own)
+            name = row.target.name
+            if scales is None or stats is None:
+                result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
+            else:
+                own = replace(stats, curvature=scales.curvature(name, curves.get(name)))
+                result = _solve(row, scales.matrix(name), own)
             results[row.target.name] = result
             if streams is not None:
                 _put(prepared, swap, row, result.solution)
@@ -275,6 +311,28 @@ def _solve_block(
             for result in _judged(prepared, block, streams, curves, swap, solved):
                 results[result.row.target.name] = result
     return [results[name] for name in rows]
+
+
+def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Stats:
+    """Move scales where the solver wants it, into the columns of a stage or from its rows. Returns its statistics."""
+    names = [target.name for target in stage.targets]
+    places = []
+    for place in scales.places:
+        parts = [*place.readers, *([] if place.offset is not None else [place.source])]
+        solvers = {rows[name].rule.solver if name in rows else None for name in parts}
+        if len(solvers) == 1:  # all are quantized, and in one way
+            places.append((place, solvers.pop()))
+    formats = {name: row.format for name, row in rows.items()}
+    for place, solver in places:
+        after_norm = place.offset is not None and names == list(place.readers)
+        if solver == "awq" and (after_norm or place.source in names):
+            awq(scales, place, formats)
+    stage.scale = scales.columns.get(names[0])
+    stats = scales.streams.collect(scales.block, stage, scales.swap)
+    for place, solver in places:
+        if solver == "gptq" and place.offset is not None and names == list(place.readers):
+            stats = balance(scales, place, stats, formats)
+    return stats
 
 
 def _judged(
@@ -432,6 +490,8 @@ def _restore(prepared: Prepared, folder: OutputFolder, block: int, swap: WeightS
     """Put the block's quantized weights in place from the shard that an earlier run left."""
     for row, matrix in zip(prepared.plan.of_block(block), _matrices(prepared, folder, block), strict=True):
         _put(prepared, swap, row, Solution(matrix.codes, matrix.grid, 0.0))
+    for name, parameter, value in _vectors(prepared, folder, block):
+        swap.replace(name, parameter, value)
 
 
 # ---- tuning
@@ -446,6 +506,9 @@ def _tune(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: 
         windows = load_file(folder.partial / CALIBRATION)["tokens"]
         vectors = model.vectors()
         with _whole(model):
+            for block in places[:-1]:
+                for _, parameter, value in _vectors(prepared, folder, block):
+                    parameter.data = value
             tuned = tune.tune(
                 model,
                 [matrix for block in places for matrix in _leaning(prepared, folder, block)],
@@ -505,6 +568,16 @@ def _matrices(prepared: Prepared, folder: OutputFolder, block: int | None) -> li
     return found
 
 
+def _vectors(prepared: Prepared, folder: OutputFolder, block: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """(name in memory, parameter, value) of norms and biases from which scales were moved, from the block's shard."""
+    record = folder.records[block]
+    tensors = load_file(folder.partial / record["shard"])
+    for name in record.get("changed", []):
+        parameter, key = prepared.model.model.get_parameter(name), prepared.model.source_key(name)
+        assert key is not None
+        yield name, parameter, tensors[key].to(parameter)
+
+
 def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Iterator[tune.Matrix]:
     """The quantized matrices of a block, with what their solutions said beyond that."""
     kept = folder.partial / LEAN.format(block)
@@ -514,9 +587,15 @@ def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Ite
 
 
 def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matrix) -> Result:
-    """As a result, with the error that it has now: of its outputs nothing is known any more."""
+    """As a result, with the error that it has now: of its outputs nothing is known any more.
+
+    Where scales were moved, the original weight is no measure: the errors noted are those before tuning.
+    """
     part = len(prepared.model.block_names) if row.block is None else row.block
-    report = next(report for report in folder.records[part]["report"] if report["name"] == row.target.name)
+    record = folder.records[part]
+    report = next(report for report in record["report"] if report["name"] == row.target.name)
+    if any(row.target.name in (note["source"], *note["readers"]) for note in record.get("scaled", [])):
+        return Result(row, Solution(matrix.codes, matrix.grid, report["loss"]), {**report, "tuned": True})
     w = row.target.matrix(prepared.model.module(row.target)).detach().float()
     loss = energy(row.format.decode(matrix.codes, matrix.grid).sub_(w))
     report = {key: value for key, value in report.items() if key != "output_error"}
@@ -535,6 +614,7 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
     """All about the run that does not depend on when and where it ran."""
     plan, job = prepared.plan, prepared.job
+    scaled = [note for part in sorted(folder.records) for note in folder.records[part].get("scaled", [])]
     written = [report for part in sorted(folder.records) for report in folder.records[part].get("report", [])]
     reports = list({report["name"]: report for report in written}.values())  # a block written anew counts as it is now
     versions = {
@@ -553,5 +633,6 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
         "kept_dense": [asdict(kept) for kept in plan.kept],
+        "scaled": scaled,
         "tensors": reports,
     }

@@ -59,6 +59,7 @@ class Plan:
     bytes_after: int
     peak_memory: int  # bytes of anonymous memory, estimated
     seconds: float  # estimated from a short measurement on this machine
+    notes: tuple[str, ...] = ()  # what else there is to know
 
     @property
     def weights(self) -> int:
@@ -98,7 +99,7 @@ class Plan:
             "peak_memory_bytes": self.peak_memory,
             "seconds": self.seconds,
         }
-        return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], **totals}
+        return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], "notes": list(self.notes), **totals}
 
 
 def make_plan(
@@ -124,7 +125,7 @@ def make_plan(
     if free < 1.01 * after:
         raise OutputError(f"{output}: the result needs {after:,} bytes, the disk has {free:,} free: free some space")
     memory = _peak_memory(checkpoint, model, rows, calibration_tokens)
-    return Plan(rows, kept, before, after, memory, _seconds(rows, calibration_tokens))
+    return Plan(rows, kept, before, after, memory, _seconds(rows, calibration_tokens), tuple(checkpoint.notes))
 
 
 def _check_recipe(model: StreamedModel, recipe: Recipe, calibrated: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,17 @@ class Stats:
             self.tokens + other.tokens,
             self.dropped + other.dropped,
             self.pieces + other.pieces,
+        )
+
+    def scaled(self, scale: Tensor) -> Stats:
+        """Of inputs divided by the scale (in,)."""
+        outer = scale[:, None] * scale
+        return replace(
+            self,
+            hessian=self.hessian / outer,
+            cross=self.cross / outer,
+            debt=None if self.debt is None else self.debt / scale,
+            pieces=[(x / scale, x_ref / scale, *debt) for x, x_ref, *debt in self.pieces],
         )
 
     def importance(self) -> Tensor:

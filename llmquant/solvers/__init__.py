@@ -12,11 +12,12 @@ __all__ = ["CALIBRATED", "REFUSALS", "SOLVERS", "Solution", "Solver", "Step", "w
 
 SOLVERS: dict[str, Solver] = {
     "rtn": rtn.solve,
+    "awq": rtn.solve,  # of what scaling.py has scaled before
     "gptq": gptq.solve,
     "gptaq": gptaq.solve,
     "hqq": hqq.solve,
     "kmeans": kmeans.solve,
 }
-CALIBRATED = {"gptq", "gptaq", "kmeans"}  # those that cannot do without
+CALIBRATED = {"awq", "gptq", "gptaq", "kmeans"}  # those that cannot do without
 # Why a format is none for the solver, if so; solvers that take every format are not named.
 REFUSALS: dict[str, Callable[[Format], str | None]] = {"hqq": hqq.refuses, "kmeans": kmeans.refuses}
