@@ -158,8 +158,9 @@ def quantize(
                 scales = None if streams is None else Scales(streams, block, swap, places[block])
                 results = _solve_block(prepared, block, streams, curves, swap, scales, step)
                 _keep_lean(folder, block, results)
-                moved = {} if scales is None else {"changed": scales.stored(), "noted": scales.to_json()}
-                _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results, **moved)
+                changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
+                name = shard(block + 1, blocks + 1)
+                _save_block(prepared, folder, block, name, results, changed=changed, noted=noted)
             if streams is not None and (block + 1 < blocks or job.tuning):
                 streams.advance(block, swap)
             model.unload_block(block)
