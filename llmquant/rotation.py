@@ -103,13 +103,13 @@ class RotatedCheckpoint(Checkpoint):
         super().__init__(base.folder)
         self.edits, self.copies = dict(edits), dict(copies)
         self.untied = bool(copies)
+        for name, source in copies.items():
+            self._file_of[name] = self._file_of[source]
+            self._shape[name], self._dtype[name] = self._shape[source], self._dtype[source]
         self.notes = tuple(
             f"rotating the residual stream gives the head a weight of its own, {name}, of {self.nbytes(name):,} bytes"
             for name in copies
         )
-        for name, source in copies.items():
-            self._file_of[name] = self._file_of[source]
-            self._shape[name], self._dtype[name] = self._shape[source], self._dtype[source]
 
     @contextmanager
     def slices(self, names: list[str]) -> Iterator[dict[str, Any]]:
