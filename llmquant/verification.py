@@ -4,7 +4,8 @@ What is compared, from the least assumed to the most wanted:
 
 weights   every quantized matrix is decoded from the folder's bytes and compared with the original: its error must be
           the one that was noted when it was solved, so that whatever was written, named or mapped wrongly shows. Every
-          other tensor must have the original's very bytes, but for vectors where the run has tuned them.
+          other tensor must have the original's very bytes, but for vectors where the run has tuned them. Where it has
+          moved scales between the parts of a block, only its outputs tell.
 outputs   every block is run on what the original model hands it. Of what it adds to that, it may miss FACTOR times the
           root mean square of its weights' errors, but in no format more than WORST; and, of all it puts out, two units
           in the last place.
@@ -231,7 +232,8 @@ def verify(
     )
     noted = {tensor["name"]: tensor["error"] for tensor in manifest["tensors"]}
     tuning = manifest.get("tuning")
-    compare = partial(_weights, decoded, reference, noted, isinstance(tuning, dict) and tuning.get("kept") is True)
+    tuned = isinstance(tuning, dict) and tuning.get("kept") is True
+    compare = partial(_weights, decoded, reference, noted, _scaled(manifest, reference), tuned)
     problems: list[str] = []
     blocks: list[Block] = []
     pair, unchecked = _begin(reference, twin, decoded, windows)
@@ -278,12 +280,17 @@ def _weights(
     decoded: Decoded,
     reference: StreamedModel,
     noted: dict[str, float],
+    scaled: set[str],
     tuned: bool,
     name: str,
     keys: list[str],
     problems: list[str],
 ) -> Block:
-    """Compare the tensors of a block, one at a time. tuned: vectors have been trained, and are another's affair."""
+    """Compare the tensors of a block, one at a time.
+
+    scaled: those, by the checkpoint's names, from or into which scales were moved: they are no longer the original's,
+    and only what was noted of them is known. tuned: vectors have been trained.
+    """
     known = set(decoded.names())
     errors = []
     for key in keys:
@@ -295,6 +302,9 @@ def _weights(
         with reference.checkpoint.slices([key]) as stored:
             original = stored[key][...]
         found = decoded.tensor(key)
+        if key in scaled:
+            errors += [noted[decoded.matrices[key][1].name]] if key in decoded.matrices else []
+            continue
         if key not in decoded.matrices:
             if not (tuned and original.ndim < 2) and not _same_bytes(original, found):
                 problems.append(f"{key}: is not quantized, but differs from the original")
@@ -304,6 +314,13 @@ def _weights(
     if name:
         errors += _experts(name, decoded, reference, noted, problems)
     return Block(name, len(errors), math.sqrt(sum(e * e for e in errors) / max(1, len(errors))))
+
+
+def _scaled(manifest: dict[str, Any], reference: StreamedModel) -> set[str]:
+    """The checkpoint's names of all that the manifest says scales were moved from or into."""
+    parts = {name for note in manifest.get("scaled", []) for name in (note["source"], *note["readers"])}
+    keys = {reference.source_key(f"{name}.{leaf}") for name in parts for leaf in ("weight", "bias")}
+    return {key for key in keys if key is not None}
 
 
 def _experts(
