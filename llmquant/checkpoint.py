@@ -210,6 +210,8 @@ def check_config(config: Any, folder: Path, sizes: list[int]) -> None:
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise CheckpointError(f"{folder}: config.json: architectures is no list of names")
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"{folder}: config.json: model_type is no name")
 
 
 def _entries(nest: Any, key: str = "") -> Iterator[tuple[str, Any]]:
