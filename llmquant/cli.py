@@ -510,14 +510,13 @@ def verify(
     from llmquant.checkpoint import Checkpoint, locate
 
     facts = inspection.manifest(folder)
-    checkpoint, place = Checkpoint(locate(reference)), {"device": device or _default_device()}
+    checkpoint = Checkpoint(locate(reference))
+    place: Any = {"device": device or _default_device(), "trust_remote_code": trust_remote_code}
     rotate = facts["settings"].get("rotate", "none")
     if rotate != "none":
-        tried = StreamedModel(checkpoint, dtype=_dtype("float32"), trust_remote_code=trust_remote_code, **place)
+        tried = StreamedModel(checkpoint, dtype=_dtype("float32"), **place)
         checkpoint = rotation.rotated(checkpoint, tried, rotate, facts["settings"]["seed"], lambda done, total: None)
-    original = StreamedModel(
-        checkpoint, dtype=_dtype(dtype), trust_remote_code=trust_remote_code, untied=checkpoint.untied, **place
-    )
+    original = StreamedModel(checkpoint, dtype=_dtype(dtype), untied=checkpoint.untied, **place)
     if text is None:
         shown = verification.random_windows(original, windows, length, seed)
     else:

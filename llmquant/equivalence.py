@@ -92,7 +92,7 @@ def find(streams: Streams, block: int) -> list[Place]:
     model = streams.model
     hidden, call = streams.reference[0], streams.calls[0][block]
     run = partial(model.run_block, block, hidden, call)
-    order = stages(model, block, streams)
+    order = [stage for stage in stages(model, block, streams) if stage.targets[0].expert is None]
     name = model.block_names[block]
     norms = norms_read(model.model.get_submodule(name).named_modules(prefix=name), run)
     found = []

@@ -214,7 +214,8 @@ class _Trial:
         self.hidden, self.call = streams.reference[0], streams.calls[0][block]
         self.expected = self._run(self.hidden)
         self.places = equivalence.find(streams, block)
-        self.targets = self.model.targets(block)
+        every = self.model.targets(block)
+        self.targets = {name: target for name, target in every.items() if target.expert is None}
         self.edits: dict[str, Edit] = {}
 
     def _run(self, hidden: Tensor) -> Tensor:
