@@ -75,6 +75,7 @@ class StreamedModel:
         the config names, else that of the first floating tensor stored.
     trust_remote_code: run the model code that the folder carries.
     decoded: the folder holds a quantized model, and `checkpoint` gives its tensors as dense ones.
+    untied: the head has a weight of its own, whatever the config says.
 
     Building one reads no weights and raises
         PlanError: the architecture is unknown, or is a causal language model without repeated blocks; or the checkpoint
@@ -90,10 +91,13 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         decoded: bool = False,
+        untied: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         config = _read_config(checkpoint, trust_remote_code, decoded)
+        if untied:
+            config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
         self.causal = _is_causal(config)
         self.dtype = dtype or _stored_dtype(checkpoint, config)
         self.model = _skeleton(config, self.dtype, trust_remote_code)

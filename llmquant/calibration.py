@@ -155,10 +155,12 @@ class Streams:
             else:
                 reference = self.reference[i].to(self.model.device)
                 with swap.original():
-                    x_ref, carried_ref = self._inputs(block, stage, reference, calls[block])
-            x, carried = self._inputs(block, stage, self.quantized[i].to(self.model.device), calls[block])
+                    x_ref, carried_ref = self.inputs(block, stage, reference, calls[block])
+            x, carried = self.inputs(block, stage, self.quantized[i].to(self.model.device), calls[block])
             if x is None or x_ref is None:
                 continue
+            if stage.scale is not None:
+                x_ref = x_ref / stage.scale
             debt = None if carried is None or carried_ref is None else carried_ref - carried
             if x[..., 0].numel() != self.quantized[i][..., 0].numel():
                 x_ref, debt = x, None  # an expert in a module of its own: other tokens may be sent to it in either
@@ -169,7 +171,7 @@ class Streams:
         self._judge(stats, stage)
         return stats
 
-    def _inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
+    def inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """What enters a stage, and the residual stream that its output is added to, where it is."""
         found: list[Tensor] = []
         carried = [hidden] if stage.carrier is BLOCK_INPUT else []
@@ -302,6 +304,23 @@ class Streams:
             reference = run(self.reference, repeat)
         return {expert: (x, reference[expert]) for expert, x in found.items()}
 
+    def output(self, block: int, name: str, hidden: Tensor, call: Call) -> Tensor:
+        """What the module of that name in memory puts out when the block runs; of several things, the first."""
+        found: list[Tensor] = []
+
+        def catch(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple | list) else output)
+            raise _SeenEnough
+
+        handle = self.model.model.get_submodule(name).register_forward_hook(catch)
+        try:
+            self.model.run_block(block, hidden.to(self.model.device), call)
+        except _SeenEnough:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
     def block_error(self, block: int, swap: WeightSwap, curvature: Tensor | None) -> float:
         """How far the block's outputs, as it is now, are from the reference on held-out tokens: the mean of e^T G e.
 
@@ -413,10 +432,12 @@ class Stage:
 
     carrier: what holds the residual stream that the output of the only target is added to: a module whose input it is,
     or the block's own input; None where the output is not simply added to one.
+    scale: (in,), by which the input of the quantized stream is divided; None: by nothing.
     """
 
     targets: list[Target]
     carrier: nn.Module | str | None = None
+    scale: Tensor | None = None
 
 
 def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:

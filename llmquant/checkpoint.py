@@ -62,6 +62,9 @@ def locate(model: str) -> Path:
 class Checkpoint:
     """The tensors of a safetensors folder, read when asked for. Opening it checks every shard's header and length."""
 
+    untied = False  # whether it has a head of its own though its config ties it to the embedding
+    notes: tuple[str, ...] = ()  # what a user should know of it before anything is done
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.json").is_file():

@@ -102,11 +102,14 @@ def quantize(
         ),
     ] = "balanced",
     solver: Annotated[
-        str, typer.Option(help="Method by name instead: rtn, gptq, gptaq, hqq, kmeans, adaround, autoround.")
+        str, typer.Option(help="Method by name instead: rtn, awq, gptq, gptaq, hqq, kmeans, adaround, autoround.")
     ] = "auto",
     clip: Annotated[
         str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
     ] = None,
+    rotate: Annotated[
+        str, typer.Option(help="Fold random rotations into the weights: none, value (of heads), residual (these too).")
+    ] = "none",
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -170,11 +173,18 @@ def quantize(
         _dtype(dtype),
         tuning=preset.tuning,
         trust_remote_code=trust_remote_code,
+        rotate=rotate,
     )
     torch.manual_seed(seed)
-    prepared = pipeline.prepare(
-        job, folder, overwrite=overwrite, offload=offload_activations, max_memory=_bytes(max_memory)
-    )
+    with _progress_bar(as_json) as progress:
+        prepared = pipeline.prepare(
+            job,
+            folder,
+            overwrite=overwrite,
+            offload=offload_activations,
+            max_memory=_bytes(max_memory),
+            progress=progress,
+        )
     if text and not prepared.model.causal:
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     if dry_run:
@@ -237,6 +247,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         table.add_row(name, shape, row.format.spec, f"{bits:.3f}", row.kernel)
     out.print(table)
     _print_alike("kept dense", [(kept.name, kept.reason) for kept in plan.kept])
+    for note in plan.notes:
+        out.print(note, highlight=False, markup=False, soft_wrap=True)
     if plan.tuning is not None:
         trained = "codes, scales and norms" if plan.tuning.shifts else "scales and norms, as memory does for no more"
         out.print(f"tuning of all blocks together: {trained}", highlight=False)
@@ -282,6 +294,8 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     out.print(table)
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
+    if scaled := manifest["scaled"]:
+        out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):
         first, least = tuning["divergences"][0][1], min(kl for _, kl in tuning["divergences"])
         verdict = "kept" if tuning["kept"] else "not kept"
@@ -458,6 +472,10 @@ def inspect(
             f"{tensor['output_error']:.4f}" if "output_error" in tensor else "-",
         )
     out.print(table)
+    for note in facts.get("scaled", []):
+        rule = f"{note['rule']} {note['alpha']:.2f}" if "alpha" in note else note["rule"]
+        readers = ", ".join(name.removeprefix(f"{note['source'].rpartition('.')[0]}.") for name in note["readers"])
+        out.print(f"scaled: {note['source']} for {readers}: {rule}", highlight=False, markup=False, soft_wrap=True)
     before, after = facts["bytes_before"], facts["bytes_after"]
     out.print(
         f"\n{facts['model']}: {_size(before)} -> {_size(after)}, "
@@ -487,13 +505,15 @@ def verify(
     Hashes every file, then compares weights, outputs of blocks and, at the end, predictions. A difference that the
     format does not explain, or a KL divergence above --max-kl, ends with exit code 7.
     """
-    from llmquant import inspection, verification
-    from llmquant.blocks import StreamedModel
+    from llmquant import inspection, rotation, verification
     from llmquant.checkpoint import Checkpoint, locate
 
     facts = inspection.manifest(folder)
-    original = StreamedModel(
+    settings = facts.get("settings", {})
+    _, original = rotation.opened(
         Checkpoint(locate(reference)),
+        settings.get("rotate", "none"),
+        settings.get("seed", 0),
         device=device or _default_device(),
         dtype=_dtype(dtype),
         trust_remote_code=trust_remote_code,

@@ -20,11 +20,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmquant import recovery, text, tune, verification
+from llmquant import equivalence, recovery, rotation, text, tune, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
+from llmquant.equivalence import Place
 from llmquant.errors import DataError, LlmquantError, NonFiniteInput, OutputError, PlanError, VerificationError
 from llmquant.estimate import Row, Work
 from llmquant.formats.base import all_finite
@@ -32,11 +33,14 @@ from llmquant.matrices import Target, loader_of
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
+from llmquant.scaling import Scales, awq, balance
 from llmquant.solvers import TUNERS, Solution, default_of
 from llmquant.solvers.block_tuning import Part
 from llmquant.stats import Stats, energy
 from llmquant.verification import Verification
 from llmquant.version import __version__
+
+SCALED = ("awq", "gptq")  # solvers before which scales are moved
 
 # progress(what is being done, units done, units in all)
 Progress = Callable[[str, int, int], None]
@@ -74,12 +78,14 @@ class Job:
     dtype: torch.dtype | None = None
     tuning: int = 0
     trust_remote_code: bool = False
+    rotate: str = "none"  # one of rotation.MODES
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {
             "llmquant": __version__,
             "recipe": self.recipe.to_json(),
             "calibration": None if self.calibration is None else asdict(self.calibration),
+            "rotate": self.rotate,
             "seed": self.seed,
             "device": self.device,
             "dtype": str(self.dtype),
@@ -101,18 +107,27 @@ class Prepared:
 
 
 def prepare(
-    job: Job, output: Path, *, overwrite: bool = False, offload: Path | None = None, max_memory: int | None = None
+    job: Job,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    offload: Path | None = None,
+    max_memory: int | None = None,
+    progress: Progress = silent,
 ) -> Prepared:
     """Read headers, make the plan, check the output folder. Raises the LlmquantError that says what is wrong.
 
     offload: a folder for the hidden states of calibration; they go to the output's own where they do not fit into
     memory. max_memory: bytes, beyond which the plan is refused. Neither changes a byte of the result.
+    To rotate a model, its weights are read too: whether it can be is tried.
     """
     check_usable(output, overwrite=overwrite)
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
-    checkpoint = Checkpoint(locate(job.model))
-    model = StreamedModel(checkpoint, device=job.device, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    turning = partial(progress, "rotate")
+    checkpoint, model = rotation.opened(
+        Checkpoint(locate(job.model)), job.rotate, job.seed, dtype=job.dtype, progress=turning, **_place(job)
+    )
     calibration = job.calibration
     length = 0
     if calibration is not None:
@@ -140,6 +155,11 @@ def _work(job: Job, length: int, offload: Path | None) -> Work:
     )
 
 
+def _place(job: Job) -> dict[str, Any]:
+    """How a StreamedModel of the job is made, whatever its type."""
+    return {"device": job.device, "trust_remote_code": job.trust_remote_code}
+
+
 @torch.no_grad()
 def quantize(
     prepared: Prepared, output: Path, *, overwrite: bool = False, verify: bool = True, progress: Progress = silent
@@ -157,6 +177,7 @@ def quantize(
     settings = {**job.settings(prepared.checkpoint), "codes_tuned": plan.tuning is not None and plan.tuning.shifts}
     with OutputFolder(output, settings, overwrite=overwrite) as folder:
         streams, curves = _calibrate(prepared, folder, progress)
+        places = [] if streams is None else _places(prepared, progress)
         for block in range(blocks):
             done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
             step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
@@ -167,9 +188,12 @@ def quantize(
             if block in folder.records:
                 _restore(prepared, folder, block, swap)
             else:
-                results = _solve_block(prepared, block, streams, curves, swap, step)
+                scales = None if streams is None else Scales(streams, block, swap, places[block])
+                results = _solve_block(prepared, block, streams, curves, swap, scales, step)
                 _keep_lean(folder, block, results)
-                _save_block(prepared, folder, block, shard(block + 1, blocks + 1), results)
+                changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
+                name = shard(block + 1, blocks + 1)
+                _save_block(prepared, folder, block, name, results, changed=changed, noted=noted)
             if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
                 streams.advance(block, swap)
             model.unload_block(block)
@@ -269,6 +293,15 @@ def _check_room(prepared: Prepared) -> None:
         )
 
 
+def _places(prepared: Prepared, progress: Progress) -> list[list[Place]]:
+    """Of every block, where scales can be moved, if a solver wants it; float32 shows it."""
+    if not any(row.rule.solver in SCALED for row in prepared.plan.rows):
+        return [[] for _ in prepared.model.block_names]
+    checkpoint, place = prepared.checkpoint, _place(prepared.job)
+    model = StreamedModel(checkpoint, dtype=torch.float32, **place, untied=checkpoint.untied)
+    return equivalence.find_all(model, partial(progress, "scales"))
+
+
 # ---- one block
 
 
@@ -288,6 +321,7 @@ def _solve_block(
     streams: Streams | None,
     curves: dict[str, Tensor],
     swap: WeightSwap,
+    scales: Scales | None,
     step: Callable[[int], None],
 ) -> list[Result]:
     """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
@@ -303,13 +337,16 @@ def _solve_block(
         if not wanted:
             continue
         seen: Iterable[tuple[Target, Stats | None]] = ((target, None) for target in stage.targets)
-        if streams is not None and stage.targets[0].name in reached and any(_needs_stats(row) for row in wanted):
-            seen = streams.statistics(block, stage, swap)
+        if scales is not None and stage.targets[0].name in reached and any(_needs_stats(row) for row in wanted):
+            seen = _scaled(scales, rows, stage)
         for target, stats in seen:
             if (row := rows.get(target.name)) is None:
                 continue
-            own = stats and replace(stats, curvature=curves.get(row.target.name))
-            result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), own)
+            if scales is None or stats is None:
+                result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
+            else:
+                own = replace(stats, curvature=scales.curvature(target.name, curves.get(target.name)))
+                result = _solve(row, scales.matrix(target.name), own)
             results[row.target.name] = result
             if streams is not None:
                 _put(prepared, swap, row, result.solution)
@@ -325,6 +362,32 @@ def _solve_block(
 
 def _needs_stats(row: Row) -> bool:
     return row.rule.solver not in TUNERS
+
+
+def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Iterable[tuple[Target, Stats]]:
+    """Move scales where the solver wants it, into the columns of a stage or from its rows.
+
+    Returns the targets of the stage with the statistics of what they read then.
+    """
+    names = [target.name for target in stage.targets]
+    places = []
+    for place in scales.places:
+        parts = [*place.readers, *([] if place.offset is not None else [place.source])]
+        solvers = {rows[name].rule.solver if name in rows else None for name in parts}
+        if len(solvers) == 1:  # all are quantized, and in one way
+            places.append((place, solvers.pop()))
+    formats = {name: row.format for name, row in rows.items()}
+    for place, solver in places:
+        after_norm = place.offset is not None and names == list(place.readers)
+        if solver == "awq" and (after_norm or place.source in names):
+            awq(scales, place, formats)
+    stage.scale = scales.columns.get(names[0])
+    seen = scales.streams.statistics(scales.block, stage, scales.swap)
+    for place, solver in places:
+        if solver == "gptq" and place.offset is not None and names == list(place.readers):
+            stats = balance(scales, place, next(iter(seen))[1], formats)  # which all targets share
+            seen = ((target, stats) for target in stage.targets)
+    return seen
 
 
 def _judged(
@@ -558,6 +621,8 @@ def _restore(prepared: Prepared, folder: OutputFolder, block: int, swap: WeightS
     """Put the block's quantized weights in place from the shard that an earlier run left."""
     for row, matrix in zip(prepared.plan.of_block(block), _matrices(prepared, folder, block), strict=True):
         _put(prepared, swap, row, Solution(matrix.codes, matrix.grid, 0.0))
+    for name, parameter, value in _vectors(prepared, folder, block):
+        swap.replace(name, parameter, value)
 
 
 # ---- tuning
@@ -573,6 +638,9 @@ def _tune(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: 
         means, vectors = prepared.plan.tuning, model.vectors()
         assert means is not None
         with _whole(model):
+            for block in places[:-1]:
+                for _, parameter, value in _vectors(prepared, folder, block):
+                    parameter.data = value
             tuned = tune.tune(
                 model,
                 [matrix for block in places for matrix in _leaning(prepared, folder, block)],
@@ -634,6 +702,16 @@ def _matrices(prepared: Prepared, folder: OutputFolder, block: int | None) -> li
     return found
 
 
+def _vectors(prepared: Prepared, folder: OutputFolder, block: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """(name in memory, parameter, value) of norms and biases from which scales were moved, from the block's shard."""
+    record = folder.records[block]
+    tensors = load_file(folder.partial / record["shard"])
+    for name in record.get("changed", []):
+        parameter, key = prepared.model.model.get_parameter(name), prepared.model.source_key(name)
+        assert key is not None
+        yield name, parameter, tensors[key].to(parameter)
+
+
 def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Iterator[tune.Matrix]:
     """The quantized matrices of a block, with what their solutions said beyond that."""
     kept = folder.partial / LEAN.format(block)
@@ -643,9 +721,15 @@ def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Ite
 
 
 def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matrix) -> Result:
-    """As a result, with the error that it has now: of its outputs nothing is known any more."""
+    """As a result, with the error that it has now: of its outputs nothing is known any more.
+
+    Where scales were moved, the original weight is no measure: the errors noted are those before tuning.
+    """
     part = len(prepared.model.block_names) if row.block is None else row.block
-    report = next(report for report in folder.records[part]["report"] if report["name"] == row.target.name)
+    record = folder.records[part]
+    report = next(report for report in record["report"] if report["name"] == row.target.name)
+    if any(row.target.name in (note["source"], *note["readers"]) for note in record.get("scaled", [])):
+        return Result(row, Solution(matrix.codes, matrix.grid, report["loss"]), {**report, "tuned": True})
     w = row.target.matrix(prepared.model.module(row.target)).detach().float()
     loss = energy(row.format.decode(matrix.codes, matrix.grid).sub_(w))
     report = {key: value for key, value in report.items() if key != "output_error"}
@@ -681,6 +765,7 @@ def _config(prepared: Prepared) -> dict[str, Any]:
 def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
     """All about the run that does not depend on when and where it ran."""
     plan, job = prepared.plan, prepared.job
+    scaled = [note for part in sorted(folder.records) for note in folder.records[part].get("scaled", [])]
     written = [report for part in sorted(folder.records) for report in folder.records[part].get("report", [])]
     reports = list({report["name"]: report for report in written}.values())  # a block written anew counts as it is now
     versions = {
@@ -701,5 +786,6 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         "kept_dense": [asdict(kept) for kept in plan.kept],
         "recoveries": recovery.of_run(reports),
         **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
+        "scaled": scaled,
         "tensors": reports,
     }

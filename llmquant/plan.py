@@ -43,6 +43,7 @@ class Plan:
     seconds: float  # estimated from a short measurement on this machine
     offload: bool = False  # whether the hidden states of calibration lie on the disk
     tuning: Means | None = None  # how blocks are trained together, if they are
+    notes: tuple[str, ...] = ()  # what else there is to know
 
     @property
     def weights(self) -> int:
@@ -84,7 +85,7 @@ class Plan:
             "offload_activations": self.offload,
             "tuning": self.tuning and asdict(self.tuning),
         }
-        return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], **totals}
+        return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], "notes": list(self.notes), **totals}
 
 
 def make_plan(
@@ -128,7 +129,8 @@ def make_plan(
         advice = "take fewer rows at once with --batch, or --quality fast" if work.tokens else "skip the largest matrix"
         raise PlanError(f"the run needs about {memory:,} bytes of memory, --max-memory gives {max_memory:,}: {advice}")
     seconds = estimate.seconds(model, rows, before + after, work)
-    return Plan(rows, kept, before, after, memory, seconds, work.offload, work.means)
+    notes = tuple(checkpoint.notes)
+    return Plan(rows, kept, before, after, memory, seconds, work.offload, work.means, notes)
 
 
 def _means(model: StreamedModel, rows: tuple[Row, ...], work: Work, max_memory: int | None) -> Means:

@@ -121,6 +121,17 @@ class Stats:
         """The tokens that the sums are over, those borrowed included; at least 1."""
         return max(1, self.tokens + self.borrowed)
 
+    def scaled(self, scale: Tensor) -> Stats:
+        """Of inputs divided by the scale (in,)."""
+        outer = scale[:, None] * scale
+        return replace(
+            self,
+            hessian=self.hessian / outer,
+            cross=self.cross / outer,
+            debt=None if self.debt is None else self.debt / scale,
+            pieces=[(x / scale, x_ref / scale, *debt) for x, x_ref, *debt in self.pieces],
+        )
+
     def importance(self) -> Tensor:
         """Mean square of every input (in,). Inputs never active weigh a millionth of the mean."""
         squares = self.hessian.diagonal() / self.worth

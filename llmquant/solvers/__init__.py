@@ -25,6 +25,7 @@ __all__ = [
 
 SOLVERS: dict[str, Solver] = {
     "rtn": rtn.solve,
+    "awq": rtn.solve,  # of what scaling.py has scaled before
     "gptq": gptq.solve,
     "gptaq": gptaq.solve,
     "hqq": hqq.solve,
@@ -33,6 +34,6 @@ SOLVERS: dict[str, Solver] = {
 }
 # Those that tune all matrices of a block together, from where `rtn` leaves them.
 TUNERS: dict[str, Tuner] = {"autoround": autoround.tune}
-CALIBRATED = {"gptq", "gptaq", "kmeans", "adaround", *TUNERS}  # those that cannot do without
+CALIBRATED = {"awq", "gptq", "gptaq", "kmeans", "adaround", *TUNERS}  # those that cannot do without
 # Why a format is none for the solver, if so; solvers that take every format are not named.
 REFUSALS: dict[str, Callable[[Format], str | None]] = {"hqq": hqq.refuses, "kmeans": kmeans.refuses}
