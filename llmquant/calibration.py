@@ -314,7 +314,7 @@ class Streams:
 
         handle = self.model.model.get_submodule(name).register_forward_hook(catch)
         try:
-            self.model.run_block(block, hidden, call)
+            self.model.run_block(block, hidden.to(self.model.device), call)
         except _SeenEnough:
             pass
         finally:

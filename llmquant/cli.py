@@ -247,6 +247,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         table.add_row(name, shape, row.format.spec, f"{bits:.3f}", row.kernel)
     out.print(table)
     _print_alike("kept dense", [(kept.name, kept.reason) for kept in plan.kept])
+    for note in plan.notes:
+        out.print(note, highlight=False, markup=False, soft_wrap=True)
     if plan.tuning is not None:
         trained = "codes, scales and norms" if plan.tuning.shifts else "scales and norms, as memory does for no more"
         out.print(f"tuning of all blocks together: {trained}", highlight=False)
@@ -506,17 +508,18 @@ def verify(
     format does not explain, or a KL divergence above --max-kl, ends with exit code 7.
     """
     from llmquant import inspection, rotation, verification
-    from llmquant.blocks import StreamedModel
     from llmquant.checkpoint import Checkpoint, locate
 
     facts = inspection.manifest(folder)
-    checkpoint = Checkpoint(locate(reference))
-    place: Any = {"device": device or _default_device(), "trust_remote_code": trust_remote_code}
-    rotate = facts["settings"].get("rotate", "none")
-    if rotate != "none":
-        tried = StreamedModel(checkpoint, dtype=_dtype("float32"), **place)
-        checkpoint = rotation.rotated(checkpoint, tried, rotate, facts["settings"]["seed"], lambda done, total: None)
-    original = StreamedModel(checkpoint, dtype=_dtype(dtype), untied=checkpoint.untied, **place)
+    settings = facts.get("settings", {})
+    _, original = rotation.opened(
+        Checkpoint(locate(reference)),
+        settings.get("rotate", "none"),
+        settings.get("seed", 0),
+        device=device or _default_device(),
+        dtype=_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+    )
     if text is None:
         shown = verification.random_windows(original, windows, length, seed)
     else:

@@ -90,7 +90,7 @@ def find(streams: Streams, block: int) -> list[Place]:
     streams: of a model in float32, about to enter the block.
     """
     model = streams.model
-    hidden, call = streams.reference[0], streams.calls[0][block]
+    hidden, call = streams.reference[0].to(model.device), streams.calls[0][block]
     run = partial(model.run_block, block, hidden, call)
     order = [stage for stage in stages(model, block, streams) if stage.targets[0].expert is None]
     name = model.block_names[block]

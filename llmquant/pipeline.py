@@ -124,13 +124,10 @@ def prepare(
     check_usable(output, overwrite=overwrite)
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
-    checkpoint = Checkpoint(locate(job.model))
-    if job.rotate not in rotation.MODES:
-        raise PlanError(f"rotation {job.rotate!r} is unknown: choose one of {', '.join(rotation.MODES)}")
-    if job.rotate != "none":
-        tried = StreamedModel(checkpoint, dtype=torch.float32, **_place(job))
-        checkpoint = rotation.rotated(checkpoint, tried, job.rotate, job.seed, partial(progress, "rotate"))
-    model = StreamedModel(checkpoint, dtype=job.dtype, **_place(job), untied=checkpoint.untied)
+    turning = partial(progress, "rotate")
+    checkpoint, model = rotation.opened(
+        Checkpoint(locate(job.model)), job.rotate, job.seed, dtype=job.dtype, progress=turning, **_place(job)
+    )
     calibration = job.calibration
     length = 0
     if calibration is not None:
@@ -345,12 +342,11 @@ def _solve_block(
         for target, stats in seen:
             if (row := rows.get(target.name)) is None:
                 continue
-            name = row.target.name
             if scales is None or stats is None:
                 result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
             else:
-                own = replace(stats, curvature=scales.curvature(name, curves.get(name)))
-                result = _solve(row, scales.matrix(name), own)
+                own = replace(stats, curvature=scales.curvature(target.name, curves.get(target.name)))
+                result = _solve(row, scales.matrix(target.name), own)
             results[row.target.name] = result
             if streams is not None:
                 _put(prepared, swap, row, result.solution)
@@ -368,11 +364,11 @@ def _needs_stats(row: Row) -> bool:
     return row.rule.solver not in TUNERS
 
 
-def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Iterator[tuple[Target, Stats]]:
-    """A stage's targets with what they saw, after scales were moved, into its columns or from its rows, if wanted."""
-    if stage.targets[0].expert is not None:
-        yield from scales.streams.statistics(scales.block, stage, scales.swap)
-        return
+def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Iterable[tuple[Target, Stats]]:
+    """Move scales where the solver wants it, into the columns of a stage or from its rows.
+
+    Returns the targets of the stage with the statistics of what they read then.
+    """
     names = [target.name for target in stage.targets]
     places = []
     for place in scales.places:
@@ -386,11 +382,12 @@ def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Iterator[tupl
         if solver == "awq" and (after_norm or place.source in names):
             awq(scales, place, formats)
     stage.scale = scales.columns.get(names[0])
-    (_, stats), *_ = scales.streams.statistics(scales.block, stage, scales.swap)
+    seen = scales.streams.statistics(scales.block, stage, scales.swap)
     for place, solver in places:
         if solver == "gptq" and place.offset is not None and names == list(place.readers):
-            stats = balance(scales, place, stats, formats)
-    yield from ((target, stats) for target in stage.targets)
+            stats = balance(scales, place, next(iter(seen))[1], formats)  # which all targets share
+            seen = ((target, stats) for target in stage.targets)
+    return seen
 
 
 def _judged(

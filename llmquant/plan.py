@@ -129,7 +129,8 @@ def make_plan(
         advice = "take fewer rows at once with --batch, or --quality fast" if work.tokens else "skip the largest matrix"
         raise PlanError(f"the run needs about {memory:,} bytes of memory, --max-memory gives {max_memory:,}: {advice}")
     seconds = estimate.seconds(model, rows, before + after, work)
-    return Plan(rows, kept, before, after, memory, seconds, work.offload, work.means, tuple(checkpoint.notes))
+    notes = tuple(checkpoint.notes)
+    return Plan(rows, kept, before, after, memory, seconds, work.offload, work.means, notes)
 
 
 def _means(model: StreamedModel, rows: tuple[Row, ...], work: Work, max_memory: int | None) -> Means:

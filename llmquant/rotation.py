@@ -150,6 +150,27 @@ class _Edited:
 # ---- which tensors
 
 
+def opened(
+    checkpoint: Checkpoint,
+    mode: str,
+    seed: int,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **loading: Any,
+) -> tuple[Checkpoint, StreamedModel]:
+    """A checkpoint, rotated where the mode is not "none", and its model. loading: what else a StreamedModel takes.
+
+    Raises PlanError for an unknown mode, and as `rotated` does.
+    """
+    if mode not in MODES:
+        raise PlanError(f"rotation {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    if mode != "none":
+        tried = StreamedModel(checkpoint, dtype=torch.float32, **loading)
+        checkpoint = rotated(checkpoint, tried, mode, seed, progress)
+    return checkpoint, StreamedModel(checkpoint, dtype=dtype, untied=checkpoint.untied, **loading)
+
+
 def rotated(
     checkpoint: Checkpoint, model: StreamedModel, mode: str, seed: int, progress: Callable[[int, int], None]
 ) -> RotatedCheckpoint:
@@ -214,8 +235,7 @@ class _Trial:
         self.hidden, self.call = streams.reference[0], streams.calls[0][block]
         self.expected = self._run(self.hidden)
         self.places = equivalence.find(streams, block)
-        every = self.model.targets(block)
-        self.targets = {name: target for name, target in every.items() if target.expert is None}
+        self.targets = self.model.targets(block)
         self.edits: dict[str, Edit] = {}
 
     def _run(self, hidden: Tensor) -> Tensor:
@@ -250,7 +270,7 @@ class _Trial:
             for reader in place.readers:
                 self._reads(edits, reader, rotation, (f"{place.source}.weight", place.offset))
         for name, target in self.targets.items():
-            if name not in readers and target.shape[0] == rotation.size:
+            if name not in readers and target.shape[0] == rotation.size and target.expert is None:
                 self._writes(edits, name, rotation)
         with equivalence.in_place(self.model, values(self.model, edits)):
             found = self._run(rotation(self.hidden))

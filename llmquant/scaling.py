@@ -90,8 +90,8 @@ class Scales:
         if place.offset is None:
             self.rows[place.source] = self.rows.get(place.source, torch.ones_like(scale)) / scale
         for name in [*place.readers, *([place.source] if place.offset is None else [])]:
+            parameter = model.module(self.targets[name]).get_parameter("weight")
             target = self.targets[name]
-            parameter = model.model.get_parameter(target.parameter)
             self.swap.replace(target.parameter, parameter, target.stored(self.matrix(name)).to(parameter.dtype))
         self.notes.append({"source": place.source, "readers": list(place.readers), **note})
         return columns

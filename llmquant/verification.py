@@ -233,7 +233,8 @@ def verify(
     noted = {tensor["name"]: tensor["error"] for tensor in manifest["tensors"]}
     tuning = manifest.get("tuning")
     tuned = isinstance(tuning, dict) and tuning.get("kept") is True
-    compare = partial(_weights, decoded, reference, noted, _scaled(manifest, reference), tuned)
+    moved = {name for note in manifest.get("scaled", []) for name in (note["source"], *note["readers"])}
+    compare = partial(_weights, decoded, reference, noted, tuned, moved)
     problems: list[str] = []
     blocks: list[Block] = []
     pair, unchecked = _begin(reference, twin, decoded, windows)
@@ -282,16 +283,17 @@ def _weights(
     noted: dict[str, float],
     scaled: set[str],
     tuned: bool,
+    moved: set[str],
     name: str,
     keys: list[str],
     problems: list[str],
 ) -> Block:
-    """Compare the tensors of a block, one at a time.
+    """Compare the tensors of a block, one at a time. tuned: vectors have been trained, and are another's affair.
 
-    scaled: those, by the checkpoint's names, from or into which scales were moved: they are no longer the original's,
-    and only what was noted of them is known. tuned: vectors have been trained.
+    moved: modules between which scales were moved: their tensors are others, and the block's outputs have to prove it.
     """
     known = set(decoded.names())
+    free = {reference.source_key(f"{module}.{leaf}") for module in moved for leaf in ("weight", "bias")}
     errors = []
     for key in keys:
         if key not in known:
@@ -306,11 +308,16 @@ def _weights(
             errors += [noted[decoded.matrices[key][1].name]] if key in decoded.matrices else []
             continue
         if key not in decoded.matrices:
-            if not (tuned and original.ndim < 2) and not _same_bytes(original, found):
+            changed = original.ndim < 2 and (tuned or key in free)
+            if not changed and not _same_bytes(original, found):
                 problems.append(f"{key}: is not quantized, but differs from the original")
             continue
+        module = decoded.matrices[key][1].name
+        if module in moved:
+            errors.append(noted[module])
+            continue
         error = _ratio(energy(found.sub_(original).flatten(1)), _energy(original))
-        errors.append(_compared(decoded.matrices[key][1].name, key, error, noted, problems))
+        errors.append(_compared(module, key, error, noted, problems))
     if name:
         errors += _experts(name, decoded, reference, noted, problems)
     return Block(name, len(errors), math.sqrt(sum(e * e for e in errors) / max(1, len(errors))))

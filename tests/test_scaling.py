@@ -171,3 +171,15 @@ def test_the_curvature_of_scaled_rows() -> None:
     found = scales.curvature("v", blocks(gradients))
     assert found is not None
     torch.testing.assert_close(found, blocks(gradients / scale), rtol=1e-4, atol=1e-4)
+
+
+def test_tuning_begins_where_scales_were_moved(tmp_path: Path) -> None:
+    """Norms as they were before would be off by the scales: then the first divergence is nothing like that without."""
+    model = make_checkpoint(tmp_path / "model", "llama")
+    first = []
+    for solver in ("rtn", "awq"):
+        recipe = Recipe((Rule("*", "int4:g16", solver),))
+        manifest = quantize(model, tmp_path / solver, recipe, calibration=SMALL, tuning=1)
+        first.append(manifest["tuning"]["divergences"][0][1])
+        assert bool(manifest["scaled"]) == (solver == "awq")
+    assert first[1] < 1.5 * first[0]
