@@ -16,7 +16,7 @@ from torch import Tensor
 from llmquant import calibration, cli, formats, recovery
 from llmquant.errors import DataError
 from llmquant.pipeline import Calibration
-from llmquant.solvers import SOLVERS, Solution, gptq, recoveries
+from llmquant.solvers import SOLVERS, Solution, gptq, loops, recoveries
 from llmquant.stats import Stats
 
 FMT = formats.get("int4:g16:fp32")
@@ -26,9 +26,10 @@ SHOWN = Calibration("self", samples=8, length=32, batch=4)
 def data(tokens: int = 400, seed: int = 0) -> tuple[Tensor, Stats]:
     generator = torch.Generator().manual_seed(seed)
     stats = Stats.empty(32)
-    x = torch.randn(tokens, 32, generator=generator)
+    mixing = torch.randn(32, 32, generator=generator) * torch.logspace(0, -1.5, 32)
+    x = torch.randn(tokens, 32, generator=generator) @ mixing.T
     stats.update(x, x)
-    held = torch.randn(100, 32, generator=generator)
+    held = torch.randn(100, 32, generator=generator) @ mixing.T
     stats.hold(held, held)
     return torch.randn(24, 32, generator=generator), stats
 
@@ -98,7 +99,7 @@ def test_a_solver_that_is_worse_than_rounding(damage: float, monkeypatch: pytest
 def test_the_own_solver_says_so_where_all_its_steps_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     w, stats = data()
     monkeypatch.setattr(gptq, "sweep", lambda w, hessian, lattice: torch.zeros_like(w, dtype=torch.uint8))
-    monkeypatch.setattr(gptq.loops, "descend", lambda w, places, *args, **kwargs: (places, None))
+    monkeypatch.setattr(loops, "descend", lambda w, places, *args, **kwargs: (places, None))
     found, _, noted = solve(w, stats)
     assert noted == ["gptq was worse than rounding to nearest on tokens held out: rounded to nearest"]
     assert_rounded(found, w, stats)
