@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -318,6 +317,5 @@ def test_a_wrong_expert_is_found_by_verification(tmp_path: Path) -> None:
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, shard, {"format": "pt"})
     model = streamed(source)
-    noted: dict[str, Any] = verification.noted_errors(manifest["tensors"])
-    found = verification.verify(tmp_path / "out", model, TOKENS, noted=noted)
+    found = verification.verify(tmp_path / "out", model, TOKENS, manifest=manifest)
     assert any("model.layers.1.mlp.experts.down_proj.0: its error is" in problem for problem in found.problems)
