@@ -106,7 +106,6 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
-        self.model.set_experts_implementation("eager")  # each expert by itself, on its own tokens
         self._layouts = layouts(self.model, getattr(text_config(config), "hidden_size", 0))
         blocks = decoder_blocks(self.model) if self.causal else all_blocks(self.model)
         self.block_names, self._blocks = list(blocks), list(blocks.values())

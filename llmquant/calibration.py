@@ -20,11 +20,10 @@ from llmquant.errors import DataError
 from llmquant.experts import Watch
 from llmquant.matrices import Target
 from llmquant.offload import room
-from llmquant.stats import HELD, Stats, energy
+from llmquant.stats import EXPERT_BYTES, HELD, Stats, energy
 
 FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
-EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
 SEEN_BYTES = 2**29  # of what the reference shows of a block that is kept, for it not to be run again and again
 FEW_HELD = 256  # held-out tokens of an expert below which those of the other experts judge it too
 

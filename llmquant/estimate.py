@@ -17,10 +17,10 @@ import torch
 
 from llmquant.blocks import StreamedModel
 from llmquant.formats import Format
-from llmquant.matrices import Target
+from llmquant.matrices import Target, text_config
 from llmquant.recipe import Rule
 from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
-from llmquant.stats import HELD
+from llmquant.stats import EXPERT_BYTES, HELD
 from llmquant.tune import Means
 
 BASE = 350 * 2**20  # Python, torch, transformers
@@ -87,11 +87,12 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     check = 8 * largest + dense
     if not work.tokens:
         return BASE + max(rounding, check)
-    text_config = model.config.get_text_config()
-    width, hidden = max(row.target.shape[1] for row in rows), text_config.hidden_size
+    width, hidden = max(row.target.shape[1] for row in rows), text_config(model.config).hidden_size
     tokens = 4 * hidden * HELD + 2 * 4 * width * HELD  # held out of the sums: two streams of inputs, and the debt
     passing = work.batch * (2 * 4 * width + 8 * hidden * model.dtype.itemsize)  # inputs in float32, both streams
     solving = COPIES * 4 * largest + SQUARES * 4 * width**2 + tokens + packed + dense
+    if any(row.target.expert is not None for row in rows):
+        solving += EXPERT_BYTES + 2 * 4 * width**2  # tokens sent to experts, and the sums over all of them
     curves = 0
     if work.curvature:
         curves = sum(4 * 32 * row.target.shape[0] for row in rows)  # G in blocks of 32, of every matrix
@@ -135,18 +136,28 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
         total += low * 3 * 2 * CHECKED * (weights + head)
     if not work.tokens:
         return total
-    matrices = max(1, len(rows) // max(1, len(of_blocks(rows)) - 1))
+    matrices = max(1, len({row.target.listed for row in rows}) // max(1, len(of_blocks(rows)) - 1))
+    passing = sum(_share(model, row) * row.weights for row in rows)  # a token comes through a few of the experts
     # Both streams are advanced once, and run about half of the block for each stage, of which most blocks have four;
     # then, on what is held out, the whole block for every matrix whose rival it judges.
     passes = 2 * (1 + 4 / 2) + JUDGED * (1 + matrices)
     # Twice forward, once back, which is as dear without gradients of weights; both ways through the head.
     passes += 3 * work.curvature
-    low_operations = 2 * work.tokens * weights * passes + 2 * 3 * work.curvature * work.tokens * head
-    low_operations += 2 * SLEEP * work.tokens * (weights + head) if work.sampled else 0
-    low_operations += 2 * 3 * work.tuning * work.batch * weights
-    high_operations = sum(2 * 2 * work.tokens * row.target.shape[1] ** 2 for row in rows) / 2  # two inputs are shared
+    low_operations = 2 * work.tokens * passing * passes + 2 * 3 * work.curvature * work.tokens * head
+    low_operations += 2 * SLEEP * work.tokens * (passing + head) if work.sampled else 0
+    low_operations += 2 * 3 * work.tuning * work.batch * passing
+    high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)
+    high_operations *= 2 * 2 * work.tokens / 2  # two inputs are shared
     high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
     return total + low * low_operations + flop(torch.float32) * high_operations
+
+
+def _share(model: StreamedModel, row: Row) -> float:
+    """Of the tokens, those that come through a matrix."""
+    if row.target.expert is None:
+        return 1.0
+    chosen = getattr(text_config(model.config), "num_experts_per_tok", None) or 1
+    return min(1.0, chosen / len(model.model.get_parameter(row.target.parameter)))
 
 
 def _solving(row: Row, work: Work) -> float:

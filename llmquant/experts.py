@@ -79,11 +79,12 @@ class Watch(TorchFunctionMode):
                 self._seen(name, None, transposed, x, y)
 
 
-def layouts(model: nn.Module, width: int) -> dict[str, bool]:
+def layouts(model: Any, width: int) -> dict[str, bool]:
     """{name of a parameter that holds experts: whether it holds them transposed, as (in, out)}, of a model on meta.
 
-    width: the size of its hidden states.
+    width: the size of its hidden states. From now on the model runs each expert by itself, on its own tokens.
     """
+    model.set_experts_implementation("eager")
     known: dict[Any, dict[str, bool]] = {}  # of modules that are alike
     found: dict[str, bool] = {}
     for name, module in model.named_modules():

@@ -81,7 +81,6 @@ class LlmquantQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """On the empty skeleton: swap the listed modules, and compare what they expect with the files' headers."""
-        model.set_experts_implementation("eager")  # the others take all experts at once, which decodes them all
         swap(model, self.quantization_config.modules())
         for layer in quantized_layers(model).values():
             layer.filling = True

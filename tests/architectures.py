@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForObjectDetection,
     AutoModelForSeq2SeqLM,
@@ -27,6 +28,7 @@ from transformers import (
     BloomConfig,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
     ConvNextConfig,
     ConvNextForImageClassification,
     DeepseekV3Config,
@@ -36,6 +38,7 @@ from transformers import (
     FunnelConfig,
     FunnelForMaskedLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -43,6 +46,7 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LlavaConfig,
     MarianConfig,
     MarianMTModel,
     MistralConfig,
@@ -56,6 +60,7 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -63,6 +68,7 @@ from transformers import (
     Qwen3NextConfig,
     ResNetConfig,
     ResNetForImageClassification,
+    SiglipVisionConfig,
     SwinConfig,
     SwinForImageClassification,
     SwitchTransformersConfig,
@@ -180,6 +186,43 @@ MOE: dict[str, Callable[..., PretrainedConfig]] = {
 """The same for models with experts, 4 of which 2 are chosen."""
 
 
+_EYES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+SEEING: dict[str, Callable[..., PretrainedConfig]] = {
+    "llava": lambda **overrides: LlavaConfig(
+        vision_config=CLIPVisionConfig(**_EYES), text_config=LlamaConfig(**_GROUPED), image_token_id=5, **overrides
+    ),
+    "gemma3_vision": lambda **overrides: Gemma3Config(
+        vision_config=SiglipVisionConfig(**_EYES),
+        text_config=Gemma3TextConfig(**_SLIDING),
+        mm_tokens_per_image=4,
+        image_token_id=5,
+        **overrides,
+    ),
+    "qwen2_5_vl": lambda **overrides: Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+        text_config={**_GROUPED, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        image_token_id=5,
+        **overrides,
+    ),
+}
+"""The same for models that read images too; the language part has the sizes of the others."""
+
+
 def make_checkpoint(
     folder: Path,
     name: str,
@@ -198,8 +241,9 @@ def make_checkpoint(
     """
     if tied is not None:
         overrides["tie_word_embeddings"] = tied
-    config = (ARCHITECTURES | MOE)[name](**overrides)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config = (ARCHITECTURES | MOE | SEEING)[name](**overrides)
+    auto = AutoModelForImageTextToText if name in SEEING else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
     randomize(model, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, MOE, make_checkpoint
+from architectures import ARCHITECTURES, MOE, SEEING, make_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import llmquant
 from llmquant import formats, inspection, pipeline
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap
@@ -84,6 +85,24 @@ def test_every_architecture_loads_with_the_logits_of_the_decoded_weights(
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert torch.equal(again(ids).logits, found)
     assert inspection.verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_of_a_model_that_sees_the_language_part_is_quantized(name: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", name, dtype=torch.float32)
+    manifest = quantize(model, tmp_path / "out", "int4:g16", calibration=SMALL)
+    names = [tensor["name"] for tensor in manifest["tensors"]]
+    assert len(names) == 3 * 7
+    assert all("language_model" in name for name in names)
+    assert all(tensor["tokens"] == 3 * 32 for tensor in manifest["tensors"])
+    loaded = llmquant.load(tmp_path / "out")
+    twin = dense_twin(model, tmp_path / "out", AutoModelForImageTextToText)
+    ids = torch.randint(6, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, twin(ids).logits, rtol=1e-5, atol=1e-5)
+    eyes = {key: value for key, value in twin.state_dict().items() if "language_model" not in key}
+    assert len(eyes) > 20
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in eyes.items())
 
 
 def test_streams_are_the_original_and_the_quantized_model(tmp_path: Path) -> None:
