@@ -253,8 +253,6 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         trained = "codes, scales and norms" if plan.tuning.shifts else "scales and norms, as memory does for no more"
         out.print(f"tuning of all blocks together: {trained}", highlight=False)
     states = " with hidden states on disk" if plan.offload else ""
-    for note in plan.notes:
-        out.print(note, highlight=False, markup=False, soft_wrap=True)
     out.print(
         f"\nsize {_size(plan.bytes_before)} -> {_size(plan.bytes_after)} "
         f"({plan.bytes_before / plan.bytes_after:.2f}x), {plan.bits_per_weight:.3f} bits per quantized weight\n"

@@ -4,8 +4,7 @@ What is compared, from the least assumed to the most wanted:
 
 weights   every quantized matrix is decoded from the folder's bytes and compared with the original: its error must be
           the one that was noted when it was solved, so that whatever was written, named or mapped wrongly shows. Every
-          other tensor must have the original's very bytes, but for vectors where the run has tuned them. Where it has
-          moved scales between the parts of a block, only its outputs tell.
+          other tensor must have the original's very bytes, but for vectors where the run has tuned them.
 outputs   every block is run on what the original model hands it. Of what it adds to that, it may miss FACTOR times the
           root mean square of its weights' errors, but in no format more than WORST; and, of all it puts out, two units
           in the last place.
@@ -281,7 +280,6 @@ def _weights(
     decoded: Decoded,
     reference: StreamedModel,
     noted: dict[str, float],
-    scaled: set[str],
     tuned: bool,
     moved: set[str],
     name: str,
@@ -304,9 +302,6 @@ def _weights(
         with reference.checkpoint.slices([key]) as stored:
             original = stored[key][...]
         found = decoded.tensor(key)
-        if key in scaled:
-            errors += [noted[decoded.matrices[key][1].name]] if key in decoded.matrices else []
-            continue
         if key not in decoded.matrices:
             changed = original.ndim < 2 and (tuned or key in free)
             if not changed and not _same_bytes(original, found):
@@ -321,13 +316,6 @@ def _weights(
     if name:
         errors += _experts(name, decoded, reference, noted, problems)
     return Block(name, len(errors), math.sqrt(sum(e * e for e in errors) / max(1, len(errors))))
-
-
-def _scaled(manifest: dict[str, Any], reference: StreamedModel) -> set[str]:
-    """The checkpoint's names of all that the manifest says scales were moved from or into."""
-    parts = {name for note in manifest.get("scaled", []) for name in (note["source"], *note["readers"])}
-    keys = {reference.source_key(f"{name}.{leaf}") for name in parts for leaf in ("weight", "bias")}
-    return {key for key in keys if key is not None}
 
 
 def _experts(
