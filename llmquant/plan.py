@@ -23,7 +23,6 @@ from llmquant.output import free_bytes
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
 
-
 BATCH_TOKENS = 8 * 512  # that go through a block at once, by default
 
 
