@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import make_checkpoint
 from test_pipeline import SMALL, contents, quantize
 from test_solvers import SPECS, calibrated, inputs, settled, weight
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from llmquant import formats, inspection
 from llmquant.errors import PlanError
 from llmquant.recipe import Recipe, Rule
-from llmquant.solvers import SOLVERS, adaround, autoround
-from llmquant.solvers.block_tuning import Part, Rounding
+from llmquant.solvers import SOLVERS, TUNERS, adaround, autoround
+from llmquant.solvers.block_tuning import Gradient, Part, Rounding
 from llmquant.stats import Stats
 
 EVERY = [*SPECS, "fp8_e4m3:block", "kmeans2:tensor", "int3:g32:sym_gptq", "table:-1,-0.3,0,0.4,1:g32"]
@@ -184,13 +184,16 @@ def test_ranges_stay_where_they_are_if_asked() -> None:
 # ---- AutoRound in a run
 
 
-def tuned(pycode: Path, output: Path, *rules: Rule) -> dict[str, Any]:
-    return quantize(pycode, output, Recipe(rules), calibration=SMALL)
+def tuned(folder: Path, output: Path, *rules: Rule) -> dict[str, Any]:
+    model = folder / "model"
+    if not model.is_dir():
+        make_checkpoint(model, "llama", dtype=torch.float32)
+    return quantize(model, output, Recipe(rules), calibration=SMALL)
 
 
-def test_blocks_are_tuned_in_a_run_and_judged_on_held_out_tokens(pycode: Path, tmp_path: Path) -> None:
-    rules = Rule("*.mlp.*", "int3:g64", "autoround", {"iterations": 8, "rate": 0.05}), Rule("*", "mxfp4", "gptq")
-    manifest = tuned(pycode, tmp_path / "a", *rules)
+def test_blocks_are_tuned_in_a_run_and_judged_on_held_out_tokens(tmp_path: Path) -> None:
+    rules = Rule("*.mlp.*", "int3:g32", "autoround", {"iterations": 8, "rate": 0.05}), Rule("*", "mxfp4", "gptq")
+    manifest = tuned(tmp_path, tmp_path / "a", *rules)
     steps = {tensor["name"]: tensor["steps"] for tensor in manifest["tensors"]}
     assert {tensor["solver"] for tensor in manifest["tensors"]} == {"autoround", "gptq"}
     for name, found in steps.items():
@@ -199,17 +202,34 @@ def test_blocks_are_tuned_in_a_run_and_judged_on_held_out_tokens(pycode: Path, t
             assert found[0]["kept"] == (found[0]["error"] < found[0]["before"])
     assert any(found[0]["kept"] for name, found in steps.items() if ".mlp." in name)
     assert inspection.verify(tmp_path / "a") == []
-    tuned(pycode, tmp_path / "b", *rules)
+    tuned(tmp_path, tmp_path / "b", *rules)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_tuning_that_loses_is_taken_back(pycode: Path, tmp_path: Path) -> None:
-    """A rate of a whole code unit wrecks every block: what is kept is where it started."""
-    wrecked = tuned(pycode, tmp_path / "a", Rule("*", "int4:g64", "autoround", {"iterations": 1, "rate": 4.0}))
-    assert json.dumps(wrecked)  # one iterate: the first is the best
-    plain = tuned(pycode, tmp_path / "b", Rule("*", "int4:g64", "rtn", {"clip": "minmax"}))
-    errors = [[tensor["error"] for tensor in manifest["tensors"]] for manifest in (wrecked, plain)]
-    assert errors[0] == errors[1]
+def test_tuning_that_loses_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tuner that has gone wrong: what is kept is where it started, and the record says so."""
+
+    def wreck(
+        parts: dict[str, Part],
+        gradient: Gradient,
+        batches: int,
+        seed: int,
+        *,
+        clip: str = "minmax",
+        iterations: int = 1,
+    ) -> Any:
+        found = {name: Rounding(part) for name, part in parts.items()}
+        for rounding in found.values():
+            rounding.offsets += 3
+            rounding.decode()
+        return {name: rounding.solution() for name, rounding in found.items()}
+
+    before = tuned(tmp_path, tmp_path / "a", Rule("*", "int4:g32", "autoround", {"iterations": 0}))
+    monkeypatch.setitem(TUNERS, "autoround", wreck)
+    wrecked = tuned(tmp_path, tmp_path / "b", Rule("*", "int4:g32", "autoround"))
+    assert not any(tensor["steps"][0]["kept"] for tensor in wrecked["tensors"])
+    assert all(tensor["steps"][0]["error"] > tensor["steps"][0]["before"] for tensor in wrecked["tensors"])
+    assert [t["loss"] for t in wrecked["tensors"]] == [t["loss"] for t in before["tensors"]]
 
 
 # ---- AdaRound

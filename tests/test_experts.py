@@ -144,7 +144,8 @@ def test_few_experts_at_a_time_have_the_same_statistics(tmp_path: Path, monkeypa
         assert torch.equal(a.hessian, b.hessian)
         assert torch.equal(a.cross, b.cross)
         assert a.cross.abs().max() > 0
-        assert a.held is not None and b.held is not None
+        assert a.held is not None
+        assert b.held is not None
         assert torch.equal(a.held.x, b.held.x)
 
 

@@ -151,7 +151,7 @@ def test_odd_numbers_have_finite_solutions(case: str) -> None:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """So many of the tokens of every linear's inputs hold an Inf."""
-    inputs = calibration.Streams._inputs
+    inputs = calibration.Streams.inputs
 
     def spoil(self: Any, *args: Any) -> Any:
         x, carried = inputs(self, *args)
@@ -160,7 +160,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
         x.view(-1, x.shape[-1])[:tokens, 3] = torch.inf
         return x, carried
 
-    monkeypatch.setattr(calibration.Streams, "_inputs", spoil)
+    monkeypatch.setattr(calibration.Streams, "inputs", spoil)
 
 
 def test_tokens_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
