@@ -13,7 +13,8 @@ import json
 import math
 import subprocess
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,7 +138,7 @@ def measure(subject: Subject, case: Case, bandwidth: float) -> dict[str, Any]:
     x = subject.activations(case.rows)
     settings = settings_here(subject, case.rows)
     error = check(subject, x, settings)
-    seconds = graph_seconds([lambda own=own: llmquant_kernels.linear(x, own) for own in subject.prepared])  # type: ignore[misc]
+    seconds = graph_seconds([partial(llmquant_kernels.linear, x, own) for own in subject.prepared])
     moved = subject.weight_bytes + x.element_size() * (x.numel() + case.rows * case.shape[0])
     others: dict[str, Any] = {}
     for name, make in RIVALS.items():
@@ -193,10 +194,7 @@ def tune(subject: Subject, case: Case) -> dict[str, Any]:
         except Exception as refused:  # too many registers, say: the next one
             print(f"  {settings}: {str(refused)[:100]}", flush=True)
             continue
-        calls = [
-            lambda own=own, settings=settings: triton_ops.launch(x, parts(own), None, subject.spec, settings)  # type: ignore[misc]
-            for own in subject.prepared
-        ]
+        calls = [partial(triton_ops.launch, x, parts(own), None, subject.spec, settings) for own in subject.prepared]
         times[settings] = graph_seconds(calls)
     if not times:
         raise RuntimeError(f"no settings work for {case}")
@@ -210,7 +208,7 @@ def tune(subject: Subject, case: Case) -> dict[str, Any]:
     }
 
 
-def graph_seconds(calls: list[Callable[[], Tensor]], least: float = 0.2) -> float:
+def graph_seconds(calls: Sequence[Callable[[], Tensor]], least: float = 0.2) -> float:
     """Seconds of one call: the median of graph replays of all of them, for `least` seconds in all."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -244,13 +242,13 @@ def copy_bandwidth() -> float:
 
 # ---- other kernels: the calls of one graph, None where they have no such numbers
 
-Calls = list[Callable[[], Tensor]] | None
+Calls = Sequence[Callable[[], Tensor]] | None
 
 
 def cublas(subject: Subject, case: Case, x: Tensor) -> Calls:
     size = case.shape[0] * case.shape[1] * x.element_size()
     dense = [subject.exact.to(x.dtype).clone() for _ in range(copies(size, subject.device))]
-    return [lambda w=w: functional.linear(x, w) for w in dense]  # type: ignore[misc]
+    return [partial(functional.linear, x, w) for w in dense]
 
 
 def tinygemm(subject: Subject, case: Case, x: Tensor) -> Calls:
@@ -263,7 +261,7 @@ def tinygemm(subject: Subject, case: Case, x: Tensor) -> Calls:
         codes = torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8, device=x.device)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
         weights.append((packed, torch.randn(columns // 128, out, 2, dtype=x.dtype, device=x.device)))
-    return [lambda own=own: torch.ops.aten._weight_int4pack_mm(x, own[0], 128, own[1]) for own in weights]  # type: ignore[misc]
+    return [partial(torch.ops.aten._weight_int4pack_mm, x, codes, 128, grid) for codes, grid in weights]
 
 
 def bitsandbytes(subject: Subject, case: Case, x: Tensor) -> Calls:
@@ -275,7 +273,7 @@ def bitsandbytes(subject: Subject, case: Case, x: Tensor) -> Calls:
     for _ in subject.prepared:
         w = torch.randn(case.shape, dtype=x.dtype, device=x.device)
         weights.append(quantize(w, blocksize=64, quant_type="nf4"))
-    return [lambda own=own: module.matmul_4bit(x, own[0].t(), quant_state=own[1]) for own in weights]  # type: ignore[misc]
+    return [partial(module.matmul_4bit, x, codes.t(), quant_state=state) for codes, state in weights]
 
 
 def torchao(subject: Subject, case: Case, x: Tensor) -> Calls:
@@ -288,7 +286,7 @@ def torchao(subject: Subject, case: Case, x: Tensor) -> Calls:
         layer = torch.nn.Linear(case.shape[1], case.shape[0], bias=False, dtype=x.dtype, device=x.device)
         module.quantize_(layer, config)
         layers.append(layer)
-    return [lambda layer=layer: layer(x) for layer in layers]  # type: ignore[misc]
+    return [partial(layer, x) for layer in layers]
 
 
 RIVALS: dict[str, Callable[[Subject, Case, Tensor], Calls]] = {

@@ -63,7 +63,7 @@ class Spec(NamedTuple):
     @classmethod
     def of(cls, text: str) -> Spec:
         kinds = (int, int, int, int, str, str, int, float, int)
-        return cls(*(kind(value) for kind, value in zip(kinds, text.split("|"), strict=True)))  # type: ignore[arg-type]
+        return cls(*(kind(value) for kind, value in zip(kinds, text.split("|"), strict=True)))
 
     @property
     def bits(self) -> int:
@@ -234,11 +234,12 @@ def numbers_of(weight: PackedWeight, dtype: torch.dtype) -> Numbers:
     found = _of_levels(weight)
     if weight.micro is not None:
         return _with_micro(weight, found)
-    if found.table is not None:
-        if isinstance(weight.zero, Tensor):
-            found = replace(found, offset=_product(weight, -weight.zero.float()))
-        elif weight.zero:
-            found = replace(found, table=found.table - weight.zero)
+    table, zero = found.table, weight.zero
+    if table is not None:
+        if isinstance(zero, Tensor):
+            found = replace(found, offset=_product(weight, -zero.float()))
+        else:
+            found = replace(found, table=table - zero)
     elif found.name[:3] == "int":
         found = _with_zero(weight, found)
     elif isinstance(weight.zero, Tensor) or weight.zero:
