@@ -11,6 +11,9 @@ calibration and whose rest is for evaluation. For methods: `rtn` rounds over the
 of least squared error, on the grid that GPTQ and compressed-tensors use; `llmquant-QUALITY` are this project's own, and
 `own-SOLVER` its code for a method by the paper, without what the presets add.
 
+`--calibration` takes other tokens than TEXT's own, for all tools alike: `self`, which the model samples by itself, or
+any text, so that what a wrong domain costs can be measured; `--calibration-windows` takes more or fewer of them.
+
 The environments: `pip install torch` and then `auto-round`, `llmcompressor` or `hqq transformers accelerate`; GPTQModel
 with `--no-deps --no-build-isolation` after what its requirements.txt names, as it asks for a CUDA build otherwise.
 
@@ -60,7 +63,8 @@ METHODS = {
 TOOLS = tuple(dict.fromkeys(METHODS.values()))
 # Methods that read neither seed nor calibration text.
 SEEDLESS = ("rtn", "rtn-mse", "llmquant-fast", "llm-compressor-rtn", "hqq")
-KEY = ("model", "format", "method", "seed", "only_divisible")  # what tells one result from another
+# What tells one result from another.
+KEY = ("model", "format", "method", "calibration", "calibration_windows", "seed", "only_divisible")
 Result = dict[str, Any]
 
 
@@ -73,7 +77,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--python", action="append", default=[], metavar="TOOL=PATH", help=f"tools: {', '.join(TOOLS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each chooses other calibration windows")
+    parser.add_argument("--calibration", default="text", metavar="SOURCE", help="text, self, pycode or a file [text]")
     parser.add_argument("--windows", type=int, default=128, help="of calibration, and of evaluation")
+    parser.add_argument("--calibration-windows", type=int, metavar="N", help="of calibration alone [--windows]")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--only-divisible", type=int, default=1, metavar="N", help="leave other layers alone, for all")
     parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
@@ -82,6 +88,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, help="a folder for what the tools print [none is kept]")
     parser.add_argument("--output", type=Path, required=True, help="JSON; results are added to those it holds")
     args = parser.parse_args(argv)
+    args.calibration_windows = args.calibration_windows or args.windows
     args.python = dict(entry.split("=", 1) for entry in args.python)
     if unknown := set(args.python) - set(TOOLS):
         parser.error(f"--python: unknown {', '.join(sorted(unknown))}: tools are {', '.join(TOOLS)}")
@@ -128,12 +135,15 @@ def _check_enough(rows: Tensor, count: int, use: str) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share. layers: names to quantize; skipped: linears of the blocks that are left alone."""
+    """What all methods share. layers: names to quantize; skipped: linears of the blocks that are left alone.
+
+    calibration: all windows that seeds draw from; None: the model samples its own.
+    """
 
     args: argparse.Namespace
     reference: Any
-    vocabulary: int
-    calibration: Tensor
+    tokenizer: Any
+    calibration: Tensor | None
     evaluation: Tensor
     layers: list[str]
     skipped: list[str]
@@ -141,15 +151,26 @@ class Setting:
     @classmethod
     def make(cls, args: argparse.Namespace) -> Setting:
         tokenizer = text.load_tokenizer(args.model)
-        streams = (
-            text.token_stream(tokenizer, texts, protocol="documents")
-            for texts in documents(args.text, args.calibration_share)
-        )
-        calibration, evaluation = (text.windows(stream, args.length) for stream in streams)
+
+        def cut(texts: list[str]) -> Tensor:
+            return text.windows(text.token_stream(tokenizer, texts, protocol="documents"), args.length)
+
+        own, held_out = documents(args.text, args.calibration_share)
+        calibration = None
+        if args.calibration != "self":
+            calibration = cut(own if args.calibration == "text" else documents(args.calibration, 1.0)[0])
         reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         layers, skipped = chosen_layers(reference, args.only_divisible)
-        chosen = spread(evaluation, args.windows)
-        return cls(args, reference, text.vocabulary_size(tokenizer), calibration, chosen, layers, skipped)
+        chosen = spread(cut(held_out), args.windows)
+        return cls(args, reference, tokenizer, calibration, chosen, layers, skipped)
+
+    def tokens(self, seed: int) -> Tensor:
+        """The windows (calibration windows, length) that a seed stands for."""
+        count, length = self.args.calibration_windows, self.args.length
+        if self.calibration is not None:
+            return drawn(self.calibration, count, seed)
+        bos = self.reference.config.get_text_config().bos_token_id
+        return text.sample_windows(self.reference, bos_token_id=bos, count=count, length=length, seed=seed)
 
 
 def chosen_layers(model: Any, only_divisible: int = 1) -> tuple[list[str], list[str]]:
@@ -167,10 +188,9 @@ def chosen_layers(model: Any, only_divisible: int = 1) -> tuple[list[str], list[
 def run(setting: Setting, method: str, spec: str, seed: int) -> Result:
     """One method's result, measured; or what it failed with, under "error"."""
     args = setting.args
-    result: Result = dict(zip(KEY, (Path(args.model).name, spec, method, seed, args.only_divisible), strict=True))
-    result |= conditions(args)
+    result: Result = {**dict(zip(KEY, key(args, method, spec, seed), strict=True)), **conditions(args)}
     with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/tokens.npy", drawn(setting.calibration, args.windows, seed).numpy())
+        np.save(f"{folder}/tokens.npy", setting.tokens(seed).numpy())
         names = {"layers": setting.layers, "skipped": setting.skipped}
         Path(folder, "layers.json").write_text(json.dumps(names))
         command = [python(args, method), str(HERE / "rivals.py"), method]
@@ -198,6 +218,12 @@ def run(setting: Setting, method: str, spec: str, seed: int) -> Result:
             return {**result, "error": last_line(done.stderr) or f"exit code {done.returncode}"}
         facts = json.loads(last_line(done.stdout))
         return {**result, **measure(setting, load_file(f"{folder}/weights.safetensors"), spec), **facts}
+
+
+def key(args: argparse.Namespace, method: str, spec: str, seed: int) -> tuple[Any, ...]:
+    """By KEY; of a method that reads neither, the same whatever seed and calibration are."""
+    shown = ("none", 0, 0) if method in SEEDLESS else (Path(args.calibration).name, args.calibration_windows, seed)
+    return (Path(args.model).name, spec, method, *shown, args.only_divisible)
 
 
 def conditions(args: argparse.Namespace) -> Result:
@@ -236,7 +262,8 @@ def measure(setting: Setting, weights: dict[str, Tensor], spec: str) -> Result:
         parameters[name].copy_(weight)
     changed = {name: value for name, value in parameters.items() if not torch.equal(value, originals[name])}
     linears = [f"{name}.weight" for name in setting.layers]
-    found = metrics.divergence(setting.reference, model, setting.evaluation, vocabulary=setting.vocabulary)
+    vocabulary = text.vocabulary_size(setting.tokenizer)
+    found = metrics.divergence(setting.reference, model, setting.evaluation, vocabulary=vocabulary)
     return {
         "kl": found.mean,
         "kl_standard_error": found.standard_error,
@@ -271,7 +298,14 @@ def levels(weight: Tensor, group: int) -> int:
 
 
 def read_results(path: Path) -> list[Result]:
-    return json.loads(path.read_text())["results"] if path.is_file() else []
+    """Of a result that names no calibration: that of the text, with as many windows as were evaluated."""
+    found = json.loads(path.read_text())["results"] if path.is_file() else []
+    return [dict(zip(KEY[3:5], _default(result), strict=True)) | result for result in found]
+
+
+def _default(result: Result) -> tuple[str, int]:
+    """The calibration that goes without saying."""
+    return ("none", 0) if result["method"] in SEEDLESS else ("text", result["windows"])
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
@@ -290,7 +324,7 @@ def table(results: list[Result]) -> str:
     groups: dict[tuple[Any, ...], dict[str, list[Result]]] = {}
     for result in results:
         place = (result["model"], result["only_divisible"], result["format"])
-        groups.setdefault(place, {}).setdefault(result["method"], []).append(result)
+        groups.setdefault(place, {}).setdefault(label(result), []).append(result)
     lines = [
         "| model | format | method | seeds | KL | ± | perplexity | top-1 | CPU s | wall s | peak MB | layers |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -300,6 +334,16 @@ def table(results: list[Result]) -> str:
         ranked = sorted(methods.items(), key=lambda item: _mean(item[1], "kl"))
         lines += [f"| {name} | {spec} | {method} | {_cells(runs)} |" for method, runs in ranked]
     return "\n".join(lines)
+
+
+def label(result: Result) -> str:
+    """The method, and the calibration where that does not go without saying.
+
+    >>> label({"method": "llmquant-balanced", "calibration": "self", "calibration_windows": 16, "windows": 128})
+    'llmquant-balanced (self, 16 windows)'
+    """
+    source, count = result["calibration"], result["calibration_windows"]
+    return result["method"] + ("" if (source, count) == _default(result) else f" ({source}, {count} windows)")
 
 
 def _mean(runs: list[Result], name: str) -> float:
@@ -334,15 +378,14 @@ def main() -> None:
     for seed in args.seeds:
         for spec in args.formats:
             for method in methods:
-                used = 0 if method in SEEDLESS else seed
-                key = (Path(args.model).name, spec, method, used, args.only_divisible)
-                done = results.get(key, {})
+                place = key(args, method, spec, seed)
+                done = results.get(place, {})
                 if "kl" in done and conditions(args).items() <= done.items():
                     continue
-                results[key] = found = run(setting, method, spec, used)
+                results[place] = found = run(setting, method, spec, 0 if method in SEEDLESS else seed)
                 write_results(args.output, results.values())
                 figures = f"KL {found['kl']:.5f}, {found['cpu_seconds']} CPU s" if "kl" in found else found["error"]
-                print(f"{spec} {method} seed {used}: {figures}", file=sys.stderr, flush=True)
+                print(f"{spec} {label(found)} seed {found['seed']}: {figures}", file=sys.stderr, flush=True)
     print(table(list(results.values())))
     print(json.dumps({"settings": {**vars(args)}, "results": list(results.values())}, default=str))
 
