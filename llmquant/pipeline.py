@@ -566,7 +566,7 @@ def _verify(
         folder.partial,
         prepared.model,
         windows,
-        manifest=manifest,
+        noted=verification.noted_errors(manifest["tensors"]),
         trust_remote_code=prepared.job.trust_remote_code,
         progress=progress,
     )
