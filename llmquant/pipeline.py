@@ -20,12 +20,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import text, tune, verification
+from llmquant import chats, text, tune, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
-from llmquant.errors import DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
+from llmquant.errors import CheckpointError, DataError, LlmquantError, NonFiniteInput, PlanError, VerificationError
 from llmquant.formats.base import all_finite
 from llmquant.matrices import Target
 from llmquant.output import CALIBRATION, CURVATURE, LEAN, OutputFolder, check_usable
@@ -48,9 +48,10 @@ def silent(what: str, done: int, total: int) -> None:
 class Calibration:
     """What is shown to the model: `samples` windows of `length` tokens.
 
-    source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id.
-    length None: 512, or the model's limit where that is lower. curvature: the share of the windows over which a
-    backward pass finds out how the loss curves, for the last step of rounding; 0: none.
+    source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, a dataset id, or token ids: a
+    .safetensors with a tensor `tokens` (windows, length) int64. length None: that of given tokens, else 512, or the
+    model's limit where that is lower. curvature: the share of the windows over which a backward pass finds out how the
+    loss curves, for the last step of rounding; 0: none.
     """
 
     source: str = "self"
@@ -110,7 +111,7 @@ def prepare(job: Job, output: Path, *, overwrite: bool = False) -> Prepared:
                 f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
                 "those only: use --quality fast, which reads weights only"
             )
-        length = text.window_length(model.config, calibration.length or min(512, text.window_length(model.config)))
+        length = _length(model.config, calibration)
     tokens = 0 if calibration is None else calibration.samples * length
     return Prepared(job, checkpoint, model, make_plan(checkpoint, model, job.recipe, output, tokens), length)
 
@@ -205,9 +206,18 @@ def _curvature(
     return {name: part.blocks for name, part in found.items()}
 
 
+def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> int:
+    """Tokens of a window: as asked, as in the tokens that are given, or as the model allows."""
+    if text.holds_tokens(calibration.source):
+        return text.token_length(calibration.source, config, calibration.length)
+    return text.window_length(config, calibration.length or min(512, text.window_length(config)))
+
+
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
     """Calibration tokens (samples, length) int64."""
-    job, folder = prepared.job, prepared.checkpoint.folder
+    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
+    if text.holds_tokens(calibration.source):
+        return text.read_tokens(calibration.source, count=calibration.samples, vocabulary=config.vocab_size)
     if calibration.source != "self":
         tokenizer = text.load_tokenizer(folder, job.trust_remote_code)
         return text.calibration_windows(
@@ -219,13 +229,27 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
     )
     windows = text.sample_windows(
         model.to(job.device).eval(),
-        bos_token_id=prepared.model.config.get_text_config().bos_token_id,
+        bos_token_id=config.bos_token_id,
         count=calibration.samples,
         length=prepared.length,
         seed=job.seed,
+        turns=_turns(prepared),
         progress=partial(progress, "sample"),
     )
     return windows.cpu()
+
+
+def _turns(prepared: Prepared) -> chats.Turns | None:
+    """How the model's conversations go; None where there is no chat template, or none that can be used."""
+    folder = prepared.checkpoint.folder
+    try:
+        turns = chats.turns(text.load_tokenizer(folder, prepared.job.trust_remote_code))
+        if turns is not None and 2 * (size := len(turns.opening) + len(turns.reply)) > prepared.length:
+            raise DataError(f"{folder}: the chat template's own {size} tokens fill most of {prepared.length}")
+    except (CheckpointError, DataError) as error:
+        logging.getLogger(__name__).warning("%s: the model's samples are plain text, no conversations", error)
+        return None
+    return turns
 
 
 def _check_room(prepared: Prepared) -> None:
@@ -555,9 +579,7 @@ def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matr
 # ---- the end
 
 
-def _verify(
-    prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress
-) -> Verification:
+def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress) -> Verification:
     """On a few held-out windows, or on random tokens where there is no text."""
     windows = verification.random_windows(prepared.model, seed=prepared.job.seed)
     if prepared.job.calibration is not None:
