@@ -11,6 +11,9 @@ calibration and whose rest is for evaluation. For methods: `rtn` rounds over the
 of least squared error, on the grid that GPTQ and compressed-tensors use; `llmquant-QUALITY` are this project's own, and
 `own-SOLVER` its code for a method by the paper, without what the presets add.
 
+`--calibration` gives other tokens than TEXT's, alike for all tools: `self`, which the model samples by itself, or any
+text, so that the cost of a wrong domain can be measured; `--calibration-windows` gives more or fewer of them.
+
 The environments: `pip install torch` and then `auto-round`, `llmcompressor` or `hqq transformers accelerate`; GPTQModel
 with `--no-deps --no-build-isolation` after what its requirements.txt names, as it asks for a CUDA build otherwise.
 
@@ -28,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,7 +43,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from llmquant import matrices, metrics, text
+from llmquant import chats, matrices, metrics, text
 from llmquant.errors import DataError, LlmquantError
 from llmquant.recipe import QUALITIES
 
@@ -60,7 +64,8 @@ METHODS = {
 TOOLS = tuple(dict.fromkeys(METHODS.values()))
 # Methods that read neither seed nor calibration text.
 SEEDLESS = ("rtn", "rtn-mse", "llmquant-fast", "llm-compressor-rtn", "hqq", "own-hqq")
-KEY = ("model", "format", "method", "seed", "only_divisible")  # what tells one result from another
+# What tells one result from another.
+KEY = ("model", "format", "method", "calibration", "calibration_windows", "seed", "only_divisible")
 Result = dict[str, Any]
 
 
@@ -73,7 +78,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--python", action="append", default=[], metavar="TOOL=PATH", help=f"tools: {', '.join(TOOLS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each chooses other calibration windows")
+    parser.add_argument("--calibration", nargs="+", default=["text"], metavar="SOURCE", help="text, self, pycode, FILE")
     parser.add_argument("--windows", type=int, default=128, help="of calibration, and of evaluation")
+    parser.add_argument("--calibration-windows", nargs="+", type=int, metavar="N", help="of calibration [--windows]")
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--only-divisible", type=int, default=1, metavar="N", help="leave other layers alone, for all")
     parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
@@ -82,6 +89,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, help="a folder for what the tools print [none is kept]")
     parser.add_argument("--output", type=Path, required=True, help="JSON; results are added to those it holds")
     args = parser.parse_args(argv)
+    args.calibration_windows = args.calibration_windows or [args.windows]
     args.python = dict(entry.split("=", 1) for entry in args.python)
     if unknown := set(args.python) - set(TOOLS):
         parser.error(f"--python: unknown {', '.join(sorted(unknown))}: tools are {', '.join(TOOLS)}")
@@ -127,13 +135,29 @@ def _check_enough(rows: Tensor, count: int, use: str) -> None:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What a method is calibrated on, by default nothing. source: as `--calibration` takes it; windows: how many."""
+
+    source: str = "none"
+    windows: int = 0
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return Path(self.source).name, self.windows, self.seed
+
+
+@dataclass(frozen=True)
 class Setting:
-    """What all methods share. layers: names to quantize; skipped: linears of the blocks that are left alone."""
+    """What all methods share. layers: names to quantize; skipped: linears of the blocks that are left alone.
+
+    calibration: of each source but "self", all windows that seeds draw from.
+    """
 
     args: argparse.Namespace
     reference: Any
-    vocabulary: int
-    calibration: Tensor
+    tokenizer: Any
+    calibration: dict[str, Tensor]
     evaluation: Tensor
     layers: list[str]
     skipped: list[str]
@@ -141,15 +165,36 @@ class Setting:
     @classmethod
     def make(cls, args: argparse.Namespace) -> Setting:
         tokenizer = text.load_tokenizer(args.model)
-        streams = (
-            text.token_stream(tokenizer, texts, protocol="documents")
-            for texts in documents(args.text, args.calibration_share)
-        )
-        calibration, evaluation = (text.windows(stream, args.length) for stream in streams)
+
+        def cut(texts: list[str]) -> Tensor:
+            return text.windows(text.token_stream(tokenizer, texts, protocol="documents"), args.length)
+
+        own, held_out = documents(args.text, args.calibration_share)
+        calibration = {
+            source: cut(own if source == "text" else documents(source, 1.0)[0])
+            for source in args.calibration
+            if source != "self"
+        }
         reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         layers, skipped = chosen_layers(reference, args.only_divisible)
-        chosen = spread(evaluation, args.windows)
-        return cls(args, reference, text.vocabulary_size(tokenizer), calibration, chosen, layers, skipped)
+        chosen = spread(cut(held_out), args.windows)
+        return cls(args, reference, tokenizer, calibration, chosen, layers, skipped)
+
+    def tokens(self, shown: Shown) -> Tensor:
+        """The windows (windows, length) that a method is shown."""
+        count, length = shown.windows, self.args.length
+        if not count:
+            return torch.empty(0, length, dtype=torch.int64)
+        if shown.source == "self":
+            return text.sample_windows(
+                self.reference,
+                bos_token_id=self.reference.config.get_text_config().bos_token_id,
+                count=count,
+                length=length,
+                seed=shown.seed,
+                turns=chats.turns(self.tokenizer),
+            )
+        return drawn(self.calibration[shown.source], count, shown.seed)
 
 
 def chosen_layers(model: Any, only_divisible: int = 1) -> tuple[list[str], list[str]]:
@@ -164,13 +209,12 @@ def chosen_layers(model: Any, only_divisible: int = 1) -> tuple[list[str], list[
     return [name for name in linears if name in fits], [name for name in linears if name not in fits]
 
 
-def run(setting: Setting, method: str, spec: str, seed: int) -> Result:
+def run(setting: Setting, method: str, spec: str, shown: Shown) -> Result:
     """One method's result, measured; or what it failed with, under "error"."""
     args = setting.args
-    result: Result = dict(zip(KEY, (Path(args.model).name, spec, method, seed, args.only_divisible), strict=True))
-    result |= conditions(args)
+    result: Result = {**dict(zip(KEY, key(args, method, spec, shown), strict=True)), **conditions(args)}
     with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/tokens.npy", drawn(setting.calibration, args.windows, seed).numpy())
+        np.save(f"{folder}/tokens.npy", setting.tokens(shown).numpy())
         names = {"layers": setting.layers, "skipped": setting.skipped}
         Path(folder, "layers.json").write_text(json.dumps(names))
         command = [python(args, method), str(HERE / "rivals.py"), method]
@@ -182,7 +226,7 @@ def run(setting: Setting, method: str, spec: str, seed: int) -> Result:
             "--layers",
             f"{folder}/layers.json",
         ]
-        command += ["--format", spec, "--seed", str(seed), "--iterations", str(args.iterations)]
+        command += ["--format", spec, "--seed", str(shown.seed), "--iterations", str(args.iterations)]
         command += ["--layers", f"{folder}/layers.json", "--output", f"{folder}/weights.safetensors"]
         try:  # in the folder that is deleted: some tools write logs where they stand
             done = subprocess.run(
@@ -198,6 +242,11 @@ def run(setting: Setting, method: str, spec: str, seed: int) -> Result:
             return {**result, "error": last_line(done.stderr) or f"exit code {done.returncode}"}
         facts = json.loads(last_line(done.stdout))
         return {**result, **measure(setting, load_file(f"{folder}/weights.safetensors"), spec), **facts}
+
+
+def key(args: argparse.Namespace, method: str, spec: str, shown: Shown) -> tuple[Any, ...]:
+    """By KEY."""
+    return (Path(args.model).name, spec, method, *shown.key, args.only_divisible)
 
 
 def conditions(args: argparse.Namespace) -> Result:
@@ -236,7 +285,8 @@ def measure(setting: Setting, weights: dict[str, Tensor], spec: str) -> Result:
         parameters[name].copy_(weight)
     changed = {name: value for name, value in parameters.items() if not torch.equal(value, originals[name])}
     linears = [f"{name}.weight" for name in setting.layers]
-    found = metrics.divergence(setting.reference, model, setting.evaluation, vocabulary=setting.vocabulary)
+    vocabulary = text.vocabulary_size(setting.tokenizer)
+    found = metrics.divergence(setting.reference, model, setting.evaluation, vocabulary=vocabulary)
     return {
         "kl": found.mean,
         "kl_standard_error": found.standard_error,
@@ -271,7 +321,17 @@ def levels(weight: Tensor, group: int) -> int:
 
 
 def read_results(path: Path) -> list[Result]:
-    return json.loads(path.read_text())["results"] if path.is_file() else []
+    """Of a result that names no calibration: that of the text, with as many windows as were evaluated."""
+    found: list[Result] = json.loads(path.read_text())["results"] if path.is_file() else []
+    for result in found:
+        for name, value in zip(KEY[3:5], _default(result), strict=True):
+            result.setdefault(name, value)
+    return found
+
+
+def _default(result: Result) -> tuple[str, int]:
+    """The calibration that goes without saying."""
+    return ("none", 0) if result["method"] in SEEDLESS else ("text", result["windows"])
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
@@ -290,7 +350,7 @@ def table(results: list[Result]) -> str:
     groups: dict[tuple[Any, ...], dict[str, list[Result]]] = {}
     for result in results:
         place = (result["model"], result["only_divisible"], result["format"])
-        groups.setdefault(place, {}).setdefault(result["method"], []).append(result)
+        groups.setdefault(place, {}).setdefault(label(result), []).append(result)
     lines = [
         "| model | format | method | seeds | KL | ± | perplexity | top-1 | CPU s | wall s | peak MB | layers |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -300,6 +360,16 @@ def table(results: list[Result]) -> str:
         ranked = sorted(methods.items(), key=lambda item: _mean(item[1], "kl"))
         lines += [f"| {name} | {spec} | {method} | {_cells(runs)} |" for method, runs in ranked]
     return "\n".join(lines)
+
+
+def label(result: Result) -> str:
+    """The method, and the calibration where that does not go without saying.
+
+    >>> label({"method": "llmquant-balanced", "calibration": "self", "calibration_windows": 16, "windows": 128})
+    'llmquant-balanced (self, 16 windows)'
+    """
+    source, count = result["calibration"], result["calibration_windows"]
+    return result["method"] + ("" if (source, count) == _default(result) else f" ({source}, {count} windows)")
 
 
 def _mean(runs: list[Result], name: str) -> float:
@@ -331,18 +401,18 @@ def main() -> None:
     methods = [method for method in args.methods if METHODS[method] not in missing]
     results = {identity(result): result for result in read_results(args.output)}
     setting = Setting.make(args)
-    for seed in args.seeds:
+    for shown in [Shown(*each) for each in product(args.calibration, args.calibration_windows, args.seeds)]:
         for spec in args.formats:
             for method in methods:
-                used = 0 if method in SEEDLESS else seed
-                key = (Path(args.model).name, spec, method, used, args.only_divisible)
-                done = results.get(key, {})
+                seen = Shown() if method in SEEDLESS else shown
+                place = key(args, method, spec, seen)
+                done = results.get(place, {})
                 if "kl" in done and conditions(args).items() <= done.items():
                     continue
-                results[key] = found = run(setting, method, spec, used)
+                results[place] = found = run(setting, method, spec, seen)
                 write_results(args.output, results.values())
                 figures = f"KL {found['kl']:.5f}, {found['cpu_seconds']} CPU s" if "kl" in found else found["error"]
-                print(f"{spec} {method} seed {used}: {figures}", file=sys.stderr, flush=True)
+                print(f"{spec} {label(found)} seed {seen.seed}: {figures}", file=sys.stderr, flush=True)
     print(table(list(results.values())))
     print(json.dumps({"settings": {**vars(args)}, "results": list(results.values())}, default=str))
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 Weights = dict[str, Tensor]  # name of a parameter -> (out, in) float32
@@ -111,14 +112,12 @@ def spec(job: Job, convention: str = "sym_full") -> str:
 
 
 def llmquant(job: Job, quality: str, *options: str, convention: str = "sym_full") -> Weights:
-    """The command line, in this process, on the given tokens in place of text."""
-    from unittest import mock
-
-    from llmquant import hf, pipeline
+    """The command line, in this process."""
+    from llmquant import hf
     from llmquant.cli import app
+    from llmquant.recipe import QUALITIES
 
     skips = [part for name in job.skipped for part in ("--skip", name)]
-    size = ["--samples", str(len(job.tokens)), "--length", str(job.tokens.shape[1]), "--batch", str(BATCH)]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized"
         command = [
@@ -132,9 +131,11 @@ def llmquant(job: Job, quality: str, *options: str, convention: str = "sym_full"
             quality,
             "--json",
         ]
-        command += [*size, "--seed", str(job.seed), "--device", "cpu", "--dtype", "float32"]
-        given = mock.patch.object(pipeline, "_windows", return_value=torch.from_numpy(job.tokens))
-        with given, job.timed():
+        if QUALITIES[quality].calibrated:
+            save_file({"tokens": torch.from_numpy(job.tokens)}, f"{folder}/tokens.safetensors")
+            command += ["--calibration", f"{folder}/tokens.safetensors", "--samples", str(len(job.tokens))]
+        command += ["--batch", str(BATCH), "--seed", str(job.seed), "--device", "cpu", "--dtype", "float32"]
+        with job.timed():
             app([*command, *skips, *options], standalone_mode=False)
         loaded = hf.load(str(output), dtype=torch.float32)
         job.facts["bits_per_weight"] = json.loads((output / "llmquant.json").read_text())["bits_per_weight"]
@@ -370,8 +371,6 @@ def versions(method: str) -> dict[str, str]:
 
 def main() -> None:
     args = arguments()
-    from safetensors.torch import save_file
-
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)

@@ -113,7 +113,8 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="self (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id [self]."
+            help="self (the model's own samples), a text, JSON, JSONL or parquet file, a dataset id, or token ids: a "
+            ".safetensors with an int64 tensor named tokens, (windows, length) [self]."
         ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
@@ -395,7 +396,7 @@ def _evaluation_windows(
 
     folder = Checkpoint(locate(model)).folder
     tokenizer = text.load_tokenizer(folder, trust_remote_code)
-    stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol)
+    stream = text.token_stream(tokenizer, text.read_documents(source, tokenizer), protocol=protocol)
     length = text.window_length(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), window)
     return text.windows(stream, length)[:max_windows], text.vocabulary_size(tokenizer)
 

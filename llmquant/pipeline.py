@@ -20,13 +20,21 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmquant import equivalence, recovery, rotation, text, tune, verification
+from llmquant import chats, equivalence, recovery, rotation, text, tune, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.equivalence import Place
-from llmquant.errors import DataError, LlmquantError, NonFiniteInput, OutputError, PlanError, VerificationError
+from llmquant.errors import (
+    CheckpointError,
+    DataError,
+    LlmquantError,
+    NonFiniteInput,
+    OutputError,
+    PlanError,
+    VerificationError,
+)
 from llmquant.estimate import Row, Work
 from llmquant.formats.base import all_finite
 from llmquant.matrices import Target, loader_of
@@ -54,9 +62,10 @@ def silent(what: str, done: int, total: int) -> None:
 class Calibration:
     """What is shown to the model: `samples` windows of `length` tokens.
 
-    source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, or a dataset id.
-    length None: 512, or the model's limit where that is lower. curvature: the share of the windows over which a
-    backward pass finds out how the loss curves, for the last step of rounding; 0: none.
+    source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, a dataset id, or token ids: a
+    .safetensors with a tensor `tokens` (windows, length) int64. length None: that of given tokens, else 512, or the
+    model's limit where that is lower. curvature: the share of the windows over which a backward pass finds out how the
+    loss curves, for the last step of rounding; 0: none.
     """
 
     source: str = "self"
@@ -136,7 +145,7 @@ def prepare(
                 f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
                 "those only: use --quality fast, which reads weights only"
             )
-        length = text.window_length(model.config, calibration.length or min(512, text.window_length(model.config)))
+        length = _length(model.config, calibration)
     plan = make_plan(checkpoint, model, job.recipe, output, _work(job, length, offload), max_memory)
     return Prepared(job, checkpoint, model, plan, length, offload)
 
@@ -258,9 +267,18 @@ def _curvature(
     return {name: part.blocks for name, part in found.items()}
 
 
+def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> int:
+    """Tokens of a window: as asked, as in the tokens that are given, or as the model allows."""
+    if text.holds_tokens(calibration.source):
+        return text.token_length(calibration.source, config, calibration.length)
+    return text.window_length(config, calibration.length or min(512, text.window_length(config)))
+
+
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
     """Calibration tokens (samples, length) int64."""
-    job, folder = prepared.job, prepared.checkpoint.folder
+    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
+    if text.holds_tokens(calibration.source):
+        return text.read_tokens(calibration.source, count=calibration.samples, vocabulary=config.vocab_size)
     if calibration.source != "self":
         tokenizer = text.load_tokenizer(folder, job.trust_remote_code)
         return text.calibration_windows(
@@ -272,13 +290,27 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
     )
     windows = text.sample_windows(
         model.to(job.device).eval(),
-        bos_token_id=prepared.model.config.get_text_config().bos_token_id,
+        bos_token_id=config.bos_token_id,
         count=calibration.samples,
         length=prepared.length,
         seed=job.seed,
+        turns=_turns(prepared),
         progress=partial(progress, "sample"),
     )
     return windows.cpu()
+
+
+def _turns(prepared: Prepared) -> chats.Turns | None:
+    """How the model's conversations go; None where there is no chat template, or none that can be used."""
+    folder = prepared.checkpoint.folder
+    try:
+        turns = chats.turns(text.load_tokenizer(folder, prepared.job.trust_remote_code))
+        if turns is not None and 2 * (size := len(turns.opening) + len(turns.reply)) > prepared.length:
+            raise DataError(f"{folder}: the chat template's own {size} tokens fill most of {prepared.length}")
+    except (CheckpointError, DataError) as error:
+        logging.getLogger(__name__).warning("%s: the model's samples are plain text, no conversations", error)
+        return None
+    return turns
 
 
 def _check_room(prepared: Prepared) -> None:

@@ -1,9 +1,11 @@
 """Text and tokens, for calibration and evaluation alike: documents in, windows of token ids out.
 
 A source is a file (.txt, .md, .py or other text; .json, .jsonl, .parquet) or a hub dataset, `name[:config][:split]`.
-Two protocols make one stream of tokens of it:
+A record is a string, or holds one as `text`, or a conversation as `messages`, which the tokenizer's chat template makes
+text of. Two protocols make one stream of tokens of it:
 
-    documents   each document after a BOS; without one in the vocabulary, an EOS between documents
+    documents   each document after a BOS, unless it begins with one; without one in the vocabulary, an EOS between
+                documents
     gptq        documents joined by blank lines and tokenised once, with the special tokens the tokenizer adds by
                 itself: how wikitext2 perplexity is measured since GPTQ (arXiv 2210.17323, IST-DASLab/gptq)
 """
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmquant.chats import Turns, conversation
 from llmquant.errors import CheckpointError, DataError, PlanError
 
 Progress = Callable[[int, int], None]
@@ -30,33 +34,35 @@ SPLITS = ("train", "validation", "test", "dev")
 FILE_TYPES = (".txt", ".md", ".py", ".json", ".jsonl", ".parquet")
 LONGEST_WINDOW = 2048  # by default: longer costs more, and published figures are of this length
 DOCUMENTS_AT_A_TIME = 256
+FREE = -1  # in a script of token ids: here the model writes
 
 
 # ---- documents
 
 
-def read_documents(source: str) -> list[str]:
+def read_documents(source: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
     """The texts of a source, in its order. Blank ones are kept: the gptq protocol counts their line breaks.
 
-    Raises DataError: no such file or dataset, not text, no text column, nothing but blanks, chats.
+    tokenizer: its chat template makes text of conversations. Raises DataError: no such file or dataset, not text, no
+    text column, nothing but blanks, conversations without a template that takes them.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        documents = _read_file(path)
+        documents = _read_file(path, tokenizer)
     elif path.is_dir():
         raise DataError(f"{source}: a folder; give one file, or the name of a dataset")
     elif path.suffix in FILE_TYPES or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"{source}: no such file")
     else:
-        documents = _read_dataset(source)
+        documents = _read_dataset(source, tokenizer)
     if not any(text.strip() for text in documents):
         raise DataError(f"{source}: holds no text")
     return documents
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if path.suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, tokenizer)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -67,10 +73,10 @@ def _read_file(path: Path) -> list[str]:
         rows = _parse_json(text, str(path))
         if not isinstance(rows, list):
             raise DataError(f"{path}: holds {_kind(rows)}; expected a list of strings or of objects with a 'text'")
-        return [_text_of(row, f"{path}: item {index}") for index, row in enumerate(rows)]
+        return [_text_of(row, f"{path}: item {index}", tokenizer) for index, row in enumerate(rows)]
     if path.suffix == ".jsonl":  # split at line feeds alone: a JSON string may hold other line separators
         lines = [(f"{path}: line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [_text_of(_parse_json(line, where), where) for where, line in lines]
+        return [_text_of(_parse_json(line, where), where, tokenizer) for where, line in lines]
     return [text]
 
 
@@ -81,32 +87,41 @@ def _parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {error}") from None
 
 
-def _text_of(row: Any, where: str) -> str:
+def _text_of(row: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     if isinstance(row, str):
         return row
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return str(row["text"])
-        _refuse_chat(row, where)
+        if "messages" in row:
+            return _conversation(row["messages"], where, tokenizer)
         raise DataError(f"{where}: no string named 'text', but {_listed(row)}")
     raise DataError(f"{where}: holds {_kind(row)}; expected a string or an object with a 'text'")
 
 
-def _read_parquet(path: Path) -> list[str]:
+def _conversation(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer is None:
+        raise DataError(
+            f"{where}: holds chats ('messages'), and no tokenizer was given whose template makes text of them"
+        )
+    return conversation(tokenizer, messages, where)
+
+
+def _read_parquet(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     try:
         from pyarrow import lib, parquet  # type: ignore[import-untyped]
     except ImportError:
         raise DataError(f"{path}: reading parquet needs pyarrow: pip install datasets") from None
     try:
         file = parquet.ParquetFile(path)
-        _check_columns(file.schema_arrow.names, str(path))
-        column = file.read(columns=["text"])["text"].to_pylist()
+        name = _column(file.schema_arrow.names, str(path))
+        column = file.read(columns=[name])[name].to_pylist()
     except (lib.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {_first_line(error)}") from None
-    return _strings(column, str(path))
+    return _texts(name, column, str(path), tokenizer)
 
 
-def _read_dataset(source: str) -> list[str]:
+def _read_dataset(source: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     name, config, split = _dataset_parts(source)
     try:
         import datasets
@@ -120,8 +135,8 @@ def _read_dataset(source: str) -> list[str]:
             f"{source}: neither a file here nor a dataset (config {config or 'default'}, split {split}) that the hub "
             f"gives: {_first_line(error)}. Check name and network, or give a text file"
         ) from error
-    _check_columns(dataset.column_names, source)
-    return _strings(list(dataset["text"]), source)
+    column = _column(dataset.column_names, source)
+    return _texts(column, list(dataset[column]), source, tokenizer)
 
 
 def _dataset_parts(source: str) -> tuple[str, str | None, str]:
@@ -137,28 +152,24 @@ def _dataset_parts(source: str) -> tuple[str, str | None, str]:
     return name, config or None, split or "train"
 
 
-def _check_columns(names: Iterable[str], source: str) -> None:
+def _column(names: Iterable[str], source: str) -> str:
+    """The column that is read: a text before a conversation."""
     names = list(names)
-    if "text" not in names:
-        _refuse_chat(names, source)
-        raise DataError(f"{source}: no column 'text', but {_listed(names)}")
+    for name in ("text", "messages"):
+        if name in names:
+            return name
+    raise DataError(f"{source}: no column 'text', but {_listed(names)}")
 
 
-def _refuse_chat(names: Iterable[str], where: str) -> None:
-    if "messages" in names:
-        raise DataError(
-            f"{where}: holds chats ('messages'), which cannot be read yet: apply the model's chat template "
-            "and give the result as 'text'"
-        )
-
-
-def _strings(column: list[Any], source: str) -> list[str]:
-    """The column without its nulls."""
-    texts = [text for text in column if text is not None]
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{source}: column 'text' holds {_kind(text)} (row {row}); expected strings")
-    return texts
+def _texts(name: str, column: list[Any], source: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """The column of that name as texts, without its nulls."""
+    rows = [row for row in column if row is not None]
+    if name == "messages":
+        return [_conversation(row, f"{source}: row {index}", tokenizer) for index, row in enumerate(rows)]
+    for index, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise DataError(f"{source}: column 'text' holds {_kind(row)} (row {index}); expected strings")
+    return rows
 
 
 def _kind(value: Any) -> str:
@@ -206,14 +217,19 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: list[str], *, pr
     if protocol != "documents":
         raise PlanError(f"unknown protocol {protocol!r}: there are {', '.join(PROTOCOLS)}")
     kept = [text for text in documents if text.strip()]
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    between = [tokenizer.eos_token_id] if not before and tokenizer.eos_token_id is not None else []
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     stream: list[Tensor] = []
+    last: list[int] | None = None
     for start in range(0, len(kept), DOCUMENTS_AT_A_TIME):
         # verbose=False: that a stream is longer than the model's context is no news here
         texts = kept[start : start + DOCUMENTS_AT_A_TIME]
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            stream.append(torch.tensor([*before, *(between if stream else []), *ids], dtype=torch.int64))
+            if bos is not None:
+                first = [] if ids[:1] == [bos] else [bos]  # a chat template may have written it
+            else:  # a chat template ends with an EOS, and at most a line break
+                first = [] if eos is None or last is None or eos in last[-2:] else [eos]
+            last = ids
+            stream.append(torch.tensor([*first, *ids], dtype=torch.int64))
     return torch.cat(stream) if stream else torch.empty(0, dtype=torch.int64)
 
 
@@ -254,7 +270,7 @@ def calibration_windows(
     are drawn from that stream: a large dataset is sampled without being tokenised whole. Raises DataError as
     read_documents does, and if the source holds fewer windows.
     """
-    documents = [text for text in read_documents(source) if text.strip()]
+    documents = [text for text in read_documents(source, tokenizer) if text.strip()]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
     taken: list[Tensor] = []
@@ -271,6 +287,72 @@ def calibration_windows(
         )
     rows = windows(stream, length)
     return rows[torch.randperm(len(rows), generator=generator)[:count]]
+
+
+# ---- tokens that are handed in
+
+
+def holds_tokens(source: str) -> bool:
+    """Whether a source is a file of token ids: a .safetensors with a tensor `tokens` (windows, length) int64."""
+    return Path(source).suffix == ".safetensors"
+
+
+def token_length(source: str, config: PretrainedConfig, asked: int | None = None) -> int:
+    """Tokens in each window of a file of token ids, of which only the header is read.
+
+    Raises DataError: no such file, not safetensors, no such tensor, windows longer than the model takes or not of the
+    length that was asked for.
+    """
+    _, length = _token_shape(source)
+    if asked not in (None, length):
+        raise DataError(
+            f"{source}: holds windows of {length} tokens, where {asked} are asked for: leave the length out"
+        )
+    try:
+        return window_length(config, length)
+    except PlanError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def read_tokens(source: str, *, count: int, vocabulary: int) -> Tensor:
+    """The first `count` windows (count, length) int64 of a file of token ids.
+
+    Raises DataError as token_length does, where there are fewer, and for an id that is not below `vocabulary`.
+    """
+    there, _ = _token_shape(source)
+    if there < count:
+        raise DataError(
+            f"{source}: holds {there} windows, where {count} are asked for: give more, or --samples {there}"
+        )
+    with safe_open(Path(source).expanduser(), "pt") as file:
+        tokens = file.get_slice("tokens")[:count]
+    outside = ((tokens < 0) | (tokens >= vocabulary)).nonzero()
+    if len(outside):
+        row, column = outside[0].tolist()
+        raise DataError(
+            f"{source}: tokens[{row}, {column}] is {tokens[row, column]}, the model's vocabulary ends at "
+            f"{vocabulary - 1}: tokenize with the model's own tokenizer"
+        )
+    return tokens
+
+
+def _token_shape(source: str) -> tuple[int, int]:
+    """(windows, length), from the header."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(f"{source}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            if "tokens" not in names:
+                raise DataError(f"{source}: no tensor 'tokens', but {_listed(names)}")
+            piece = file.get_slice("tokens")
+            dtype, shape = piece.get_dtype(), piece.get_shape()
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{source}: truncated or not safetensors ({error})") from None
+    if dtype != "I64" or len(shape) != 2:
+        raise DataError(f"{source}: 'tokens' is {dtype} of shape {tuple(shape)}; expected I64 of (windows, length)")
+    return shape[0], shape[1]
 
 
 # ---- the model's own text
@@ -300,6 +382,7 @@ def sample_windows(
     count: int,
     length: int,
     seed: int,
+    turns: Turns | None = None,
     batch: int = 32,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -307,42 +390,66 @@ def sample_windows(
 
     Ancestral sampling at temperature 1 from BOS, or from a random token where the model has none; data-free calibration
     is the idea of LLM-QAT (arXiv 2305.17888). A stop token does not end a window: BOS follows, and a new document.
+    turns: every second window is a conversation instead, after the template's opening of a user's turn (Magpie, arXiv
+    2406.08464, section 2): the model writes a question, the template goes on to the answer, the model writes it, and so
+    on.
     The randomness is one number a token, drawn before anything runs, so the windows do not depend on `batch` beyond
     rounding; the same seed on the same machine gives the same windows. progress: tokens done, of count * length.
 
-    Raises DataError: the logits are not finite, or the model keeps no cache to sample with.
+    Raises DataError: the logits are not finite, the model keeps no cache to sample with, or has not all tokens of
+    the template.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(count, length, generator=generator, dtype=torch.float64)
-    stops = _stop_tokens(model) - {bos_token_id}  # where one token is both, it already begins the next document
+    scripts = [[FREE] if bos_token_id is None else [bos_token_id, FREE]]
+    if turns is not None:
+        scripts.append([*(turns.opening or scripts[0][:-1]), FREE, *turns.reply, FREE])
     windows = torch.zeros(count, length, dtype=torch.int64)
+    done = 0
     with evaluating(model):
-        for start in range(0, count, batch):
-            rows = draws[start : start + batch].to(model.device)
-            tokens = torch.zeros_like(rows, dtype=torch.int64)
-            for columns in _fill(model, tokens, rows, bos_token_id, stops):
-                if progress is not None:
-                    progress(start * length + columns * len(rows), count * length)
-            windows[start : start + batch] = tokens.cpu()
+        for first, script in enumerate(scripts):
+            rows = torch.arange(count)[first :: len(scripts)]
+            for start in range(0, len(rows), batch):
+                part = rows[start : start + batch]
+                uniform = draws[part].to(model.device)
+                tokens = torch.zeros_like(uniform, dtype=torch.int64)
+                for columns in _fill(model, tokens, uniform, script):
+                    if progress is not None:
+                        progress(done + columns * len(part), count * length)
+                done += part.numel() * length
+                windows[part] = tokens.cpu()
     return windows
 
 
-def _fill(model: PreTrainedModel, tokens: Tensor, draws: Tensor, bos: int | None, stops: set[int]) -> Iterator[int]:
-    """Sample tokens (rows, length) in place, by uniform numbers draws (rows, length); yields the columns filled."""
-    tokens[:, 0] = (draws[:, 0] * model.config.get_text_config().vocab_size).long() if bos is None else bos
-    yield 1
-    stop_tokens = torch.tensor(sorted(stops), dtype=torch.int64, device=tokens.device)
+def _fill(model: PreTrainedModel, tokens: Tensor, draws: Tensor, script: list[int]) -> Iterator[int]:
+    """Sample tokens (rows, length) in place, by uniform numbers draws (rows, length); yields the columns filled.
+
+    script: what each row repeats: tokens as they are, and FREE for as many as the model writes up to a stop token, or
+    to the script's next, which is then not repeated.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    if max(script) >= vocabulary:
+        raise DataError(
+            f"the tokenizer has a special token {max(script)}, the model's vocabulary ends at {vocabulary - 1}"
+        )
+    parts, stops = (torch.tensor(ids, dtype=torch.int64, device=tokens.device) for ids in (script, _stop_tokens(model)))
+    place = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     finite = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    chosen = (draws[:, 0] * vocabulary).long()
     cache = None
-    for column in range(1, tokens.shape[1]):
-        last = tokens[:, column - 1]
-        answer = model(input_ids=last[:, None], past_key_values=cache, use_cache=True)
-        cache = getattr(answer, "past_key_values", None)
-        if cache is None:
-            raise DataError(f"{type(model).__name__} keeps no key-value cache to sample with: calibrate on a text file")
-        chosen, sane = _draw(answer.logits[:, -1].to(tokens.device), draws[:, column])
-        tokens[:, column] = chosen if bos is None else torch.where(torch.isin(last, stop_tokens), bos, chosen)
-        finite &= sane
+    for column in range(tokens.shape[1]):
+        if column:
+            answer = model(input_ids=tokens[:, column - 1, None], past_key_values=cache, use_cache=True)
+            cache = getattr(answer, "past_key_values", None)
+            if cache is None:
+                kind = type(model).__name__
+                raise DataError(f"{kind} keeps no key-value cache to sample with: calibrate on a text file")
+            chosen, sane = _draw(answer.logits[:, -1].to(tokens.device), draws[:, column])
+            finite &= sane
+        free = parts[place] == FREE
+        token = tokens[:, column] = torch.where(free, chosen, parts[place])
+        repeated = free & (token == parts[(place + 1) % len(parts)])
+        place = (place + (~free | repeated | torch.isin(token, stops)).long() + repeated.long()) % len(parts)
         yield column + 1
     if not finite.all():  # asked once, at the end: each look at the device costs a stop
         raise DataError("the model's logits are not finite, so it cannot write calibration text: check its weights")
@@ -359,10 +466,10 @@ def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.clamp(max=logits.shape[-1] - 1), torch.isfinite(total[:, 0])
 
 
-def _stop_tokens(model: PreTrainedModel) -> set[int]:
+def _stop_tokens(model: PreTrainedModel) -> list[int]:
     """The tokens at which the model's generation ends."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         stops = getattr(config, "eos_token_id", None)
         if stops is not None:
-            return set(stops) if isinstance(stops, list | tuple) else {stops}
-    return set()
+            return list(stops) if isinstance(stops, list | tuple) else [stops]
+    return []

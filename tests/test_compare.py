@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_text import letters, tiny
 
 from llmquant import recipe
 from llmquant.errors import DataError
+from llmquant.text import sample_windows
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "eval"))
@@ -21,10 +23,14 @@ compare: Any = importlib.import_module("compare")
 rivals: Any = importlib.import_module("rivals")
 
 
+def shown(method: str, seed: int = 0) -> tuple[str, int, int]:
+    return ("none", 0, 0) if method in compare.SEEDLESS else ("text", 128, seed)
+
+
 def result(method: str, seed: int = 0, **figures: Any) -> dict[str, Any]:
-    known = dict(zip(compare.KEY, ("model", "int3:g32:sym", method, seed, 1), strict=True))
+    known = dict(zip(compare.KEY, ("model", "int3:g32:sym", method, *shown(method, seed), 1), strict=True))
     measured = {"kl": 0.1, "kl_standard_error": 0.001, "perplexity": 12.0, "top1_agreement": 0.8, "layers_changed": 42}
-    spent = {"layers": 42, "cpu_seconds": 3.0, "wall_seconds": 4.0, "peak_bytes": 5_000_000}
+    spent = {"windows": 128, "layers": 42, "cpu_seconds": 3.0, "wall_seconds": 4.0, "peak_bytes": 5_000_000}
     return {**known, **measured, **spent, **figures}
 
 
@@ -118,13 +124,36 @@ def test_results_are_read_as_written_one_to_a_line(tmp_path: Path) -> None:
     assert compare.read_results(tmp_path / "none.json") == []
 
 
+def test_results_that_name_no_calibration_are_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    rows = [result("auto-round", 1), result("hqq")]
+    old = [{key: value for key, value in row.items() if not key.startswith("calibration")} for row in rows]
+    path.write_text(json.dumps({"results": old}))
+    assert [compare.identity(row) for row in compare.read_results(path)] == [compare.identity(row) for row in rows]
+
+
+def test_what_a_method_is_shown() -> None:
+    """Windows of a text, what the model samples, or nothing."""
+    args = compare.arguments(["model", "--text", "text.json", "--output", "x", "--length", "8"])
+    assert (args.calibration, args.calibration_windows) == (["text"], [128])
+    rows = torch.arange(160).view(20, 8)
+    setting = compare.Setting(args, tiny(), letters(), {"text": rows, "other.json": rows + 1}, rows, [], [])
+    assert torch.equal(setting.tokens(compare.Shown("other.json", 4, 3)), compare.drawn(rows + 1, 4, 3))
+    own = setting.tokens(compare.Shown("self", 4, 3))
+    assert torch.equal(own, sample_windows(tiny(), bos_token_id=0, count=4, length=8, seed=3))
+    assert setting.tokens(compare.Shown()).shape == (0, 8)
+
+
 def test_the_table_has_means_over_seeds_and_the_best_first() -> None:
     runs = [result("rtn", kl=0.3), result("auto-round", kl=0.1), result("auto-round", 1, kl=0.2)]
-    failed = {**dict(zip(compare.KEY, ("model", "int3:g32:sym", "hqq", 0, 1), strict=True)), "error": "it broke"}
+    runs += [result("auto-round", kl=0.4, calibration="self"), result("auto-round", kl=0.5, calibration_windows=16)]
+    failed = {key: value for key, value in result("hqq").items() if key != "kl"} | {"error": "it broke"}
     lines = compare.table([*runs, failed]).splitlines()
     assert lines[2].startswith("| model | int3:g32:sym | auto-round | 0,1 | 0.15000 |")
     assert lines[3].startswith("| model | int3:g32:sym | rtn | 0 | 0.30000 |")
-    assert lines[4] == "| model | int3:g32:sym | hqq | failed: it broke |"
+    assert lines[4].startswith("| model | int3:g32:sym | auto-round (self, 128 windows) | 0 | 0.40000 |")
+    assert lines[5].startswith("| model | int3:g32:sym | auto-round (text, 16 windows) | 0 | 0.50000 |")
+    assert lines[6] == "| model | int3:g32:sym | hqq | failed: it broke |"
 
 
 def test_tools_without_environment_are_skipped_by_name(

@@ -63,6 +63,7 @@ FORBIDDEN = {
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "hf": WRITING,
     "metrics": [*WRITING, "hf", "linear"],
+    "chats": [*WRITING, "checkpoint", "hf", "linear", "formats", "metrics", "text"],
     "text": [*WRITING, "hf", "linear", "formats"],
     "inspection": [*WRITING, "verification", "hf", "linear"],
     "verification": sorted({*WRITING, "hf", "linear"} - {"stats", "blocks"}),

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, MOE, SEEING, make_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import llmquant
-from llmquant import formats, inspection, pipeline
+from llmquant import formats, inspection, pipeline, text
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap
 from llmquant.checkpoint import MANIFEST, Checkpoint
-from llmquant.errors import OutputError, PlanError
+from llmquant.errors import DataError, OutputError, PlanError
 from llmquant.output import CALIBRATION
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import gptq
@@ -103,6 +103,28 @@ def test_of_a_model_that_sees_the_language_part_is_quantized(name: str, tmp_path
     eyes = {key: value for key, value in twin.state_dict().items() if "language_model" not in key}
     assert len(eyes) > 20
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in eyes.items())
+
+
+def test_given_tokens_give_the_bytes_that_the_same_tokens_from_elsewhere_give(pycode: Path, tmp_path: Path) -> None:
+    quantize(pycode, tmp_path / "own", calibration=SMALL)
+    model = AutoModelForCausalLM.from_pretrained(pycode)
+    tokens = text.sample_windows(model, bos_token_id=model.config.bos_token_id, count=4, length=32, seed=0)
+    path = tmp_path / "tokens.safetensors"
+    save_file({"tokens": torch.cat([tokens, tokens])}, path)
+    given = pipeline.Calibration(str(path), samples=4, batch=2)  # the length is that of the file
+    quantize(pycode, tmp_path / "given", calibration=given)
+    own, found = (contents(tmp_path / name) for name in ("own", "given"))
+    shards = [name for name in own if name.endswith(".safetensors")]
+    assert len(shards) == 7
+    assert all(own[name] == found[name] for name in shards)
+
+
+def test_given_tokens_are_refused_before_work(pycode: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.safetensors"
+    save_file({"tokens": torch.full((4, 600), 5)}, path)
+    with pytest.raises(DataError, match="windows of 600 tokens: the model takes from 2 to 512"):
+        quantize(pycode, tmp_path / "out", calibration=pipeline.Calibration(str(path), samples=4))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_streams_are_the_original_and_the_quantized_model(tmp_path: Path) -> None:

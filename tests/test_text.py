@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -312,6 +313,64 @@ def test_calibration_says_how_much_text_there_is(tmp_path: Path) -> None:
         text.calibration_windows(letters(), source(tmp_path, ["a" * 9] * 4), count=5, length=10, seed=0)
 
 
+# ---- tokens that are handed in
+
+
+def token_file(folder: Path, tokens: torch.Tensor, name: str = "tokens") -> str:
+    path = folder / "calibration.safetensors"
+    save_file({name: tokens}, path)
+    return str(path)
+
+
+def test_the_first_windows_of_given_tokens_are_taken(tmp_path: Path) -> None:
+    tokens = torch.randint(32, (6, 10), generator=torch.Generator().manual_seed(0))
+    path = token_file(tmp_path, tokens)
+    assert text.holds_tokens(path)
+    assert not text.holds_tokens("text.json")
+    assert text.token_length(path, LlamaConfig(max_position_embeddings=64)) == 10
+    assert text.token_length(path, LlamaConfig(max_position_embeddings=64), 10) == 10
+    for count in (4, 6):
+        assert torch.equal(text.read_tokens(path, count=count, vocabulary=32), tokens[:count])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(5, 10, dtype=torch.int64), "holds 5 windows, where 6 are asked for: give more, or --samples 5"),
+        (torch.zeros(6, 10, dtype=torch.int32), r"'tokens' is I32 of shape \(6, 10\); expected I64"),
+        (torch.zeros(6, 10), "'tokens' is F32"),
+        (torch.zeros(60, dtype=torch.int64), r"'tokens' is I64 of shape \(60,\); expected I64 of \(windows, length\)"),
+        (torch.full((6, 10), 32), r"tokens\[0, 0\] is 32, the model's vocabulary ends at 31"),
+        (torch.arange(60).view(6, 10) // 50 * -1, r"tokens\[5, 0\] is -1, the model's vocabulary"),
+    ],
+)
+def test_given_tokens_that_do_not_fit_are_refused(tmp_path: Path, tokens: torch.Tensor, message: str) -> None:
+    path = token_file(tmp_path, tokens)
+    with pytest.raises(DataError, match=message) as caught:
+        text.read_tokens(path, count=6, vocabulary=32)
+    assert path in str(caught.value)
+
+
+def test_given_tokens_of_a_length_that_does_not_fit_are_refused(tmp_path: Path) -> None:
+    path = token_file(tmp_path, torch.zeros(6, 10, dtype=torch.int64))
+    with pytest.raises(DataError, match="windows of 10 tokens: the model takes from 2 to 8"):
+        text.token_length(path, LlamaConfig(max_position_embeddings=8))
+    with pytest.raises(DataError, match="windows of 10 tokens, where 6 are asked for"):
+        text.token_length(path, LlamaConfig(max_position_embeddings=64), 6)
+
+
+def test_files_without_tokens_are_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(max_position_embeddings=64)
+    path = token_file(tmp_path, torch.zeros(6, 10, dtype=torch.int64), name="input_ids")
+    with pytest.raises(DataError, match="no tensor 'tokens', but 'input_ids'"):
+        text.token_length(path, config)
+    Path(path).write_bytes(Path(path).read_bytes()[:-9])
+    with pytest.raises(DataError, match="truncated or not safetensors"):
+        text.token_length(path, config)
+    with pytest.raises(DataError, match="no such file"):
+        text.token_length(str(tmp_path / "none.safetensors"), config)
+
+
 # ---- the model's own text
 
 
@@ -334,16 +393,21 @@ def sampled_by_hand(model: LlamaForCausalLM, uniform: np.ndarray, bos: int, stop
     """One window token by token: no cache, no batch, the cumulative distribution added up in a loop."""
     tokens = [bos]
     for u in uniform[1:]:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1].double().numpy()
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
-        token, reached = 0, probabilities[0]
-        while reached <= u:
-            token += 1
-            reached += probabilities[token]
-        tokens.append(bos if tokens[-1] in stops else token)
+        tokens.append(bos if tokens[-1] in stops else drawn_by_hand(model, tokens, u))
     return tokens
+
+
+def drawn_by_hand(model: LlamaForCausalLM, tokens: list[int], u: float) -> int:
+    """The token after these at which the distribution's sum goes beyond u."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens])).logits[0, -1].double().numpy()
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    token, reached = 0, probabilities[0]
+    while reached <= u:
+        token += 1
+        reached += probabilities[token]
+    return token
 
 
 def test_samples_are_the_models_distribution_under_the_seeds_numbers() -> None:
