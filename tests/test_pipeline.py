@@ -45,8 +45,9 @@ def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> t
     for shard in folder.glob("*.safetensors"):
         stored |= load_file(shard)
     twin = kind.from_pretrained(model)
+    source = StreamedModel(Checkpoint(model)).source_key
     for name, value in twin.state_dict().items():  # scales may have been moved out of norms
-        value.copy_(stored.get(name, value))
+        value.copy_(stored.get(source(name) or name, value))
     for tensor in json.loads((folder / MANIFEST).read_text())["tensors"]:
         base = tensor["key"].removesuffix("weight")
         fmt, expert = formats.get(tensor["format"]), tensor.get("expert")
