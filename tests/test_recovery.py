@@ -16,7 +16,7 @@ from torch import Tensor
 from llmquant import calibration, cli, formats, recovery
 from llmquant.errors import DataError
 from llmquant.pipeline import Calibration
-from llmquant.solvers import SOLVERS, Solution, gptq, loops, recoveries
+from llmquant.solvers import SOLVERS, Solution, algebra, gptq, loops, recoveries
 from llmquant.stats import Stats
 
 FMT = formats.get("int4:g16:fp32")
@@ -109,12 +109,12 @@ def test_a_hessian_that_is_not_positive_definite() -> None:
     hessian = torch.eye(8)
     hessian[0, 1] = hessian[1, 0] = 1.04
     with recoveries() as noted:
-        factor = gptq.robust_factor(hessian)
+        factor = algebra.robust_factor(hessian)
     assert noted == ["the Hessian is not positive definite: its diagonal was raised by 5%"]
     torch.testing.assert_close(factor.T @ factor @ (hessian + 0.05 * torch.eye(8)), torch.eye(8), rtol=1e-4, atol=1e-4)
     hessian[0, 1] = hessian[1, 0] = 5.0
     with recoveries() as noted:
-        factor = gptq.robust_factor(hessian)
+        factor = algebra.robust_factor(hessian)
     assert noted == ["the Hessian is not positive definite, however damped: errors are not spread"]
     assert torch.equal(factor, torch.eye(8))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmquant import formats
 from llmquant.errors import PlanError
 from llmquant.recipe import Recipe, Rule
-from llmquant.solvers import SOLVERS, coarse, gptq, loops
+from llmquant.solvers import SOLVERS, algebra, coarse, gptq, loops, refit
 from llmquant.stats import Stats
 
 SPECS = [
@@ -87,7 +87,7 @@ def test_with_inputs_that_have_nothing_in_common_the_sweep_is_plain_rounding(spe
 @pytest.mark.parametrize("spec", SPECS)
 def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
     fmt, w = settled(spec), weight()
-    hessian = gptq.damped(calibrated().hessian, 0.01)
+    hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
     lattice = fmt.lattice(grid)
     places = gptq.sweep(w, hessian, lattice)
@@ -98,7 +98,7 @@ def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
 
     losses = [loss()]
     for _ in range(3):
-        grid = gptq.refit(w, places, grid, fmt, hessian)
+        grid = refit.scales(w, places, grid, fmt, hessian)
         losses.append(loss())
         places, _ = loops.descend(w, places, fmt.lattice(grid), hessian)
         losses.append(loss())
@@ -112,7 +112,7 @@ COARSE = ["mxfp4", "mxint8", "mxfp6_e2m3", "nvfp4", "mx4", "mx6", "vsq4:s4", "vs
 @pytest.mark.parametrize("spec", COARSE)
 def test_coarse_scales_are_chosen_again_and_the_loss_only_falls(spec: str) -> None:
     fmt, w = settled(spec), weight()
-    hessian = gptq.damped(calibrated().hessian, 0.01)
+    hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
     places = gptq.sweep(w, hessian, fmt.lattice(grid))
 
@@ -158,8 +158,8 @@ def test_fine_scales_are_not_tried() -> None:
 
 
 def test_inverse_factor() -> None:
-    hessian = gptq.damped(calibrated().hessian, 0.01).double()
-    factor = gptq.inverse_factor(hessian)
+    hessian = algebra.damped(calibrated().hessian, 0.01).double()
+    factor = algebra.inverse_factor(hessian)
     assert factor is not None
     torch.testing.assert_close(factor.T @ factor, hessian.inverse(), rtol=1e-6, atol=1e-12)
     assert torch.equal(factor, factor.triu())
@@ -168,7 +168,7 @@ def test_inverse_factor() -> None:
 def test_sweep_is_the_textbook_algorithm() -> None:
     """In float64, by the inverse Hessian: round a column, make up for it, eliminate it (Optimal Brain Surgeon)."""
     fmt, w = settled("int3:g28"), weight(6, 56)
-    hessian = gptq.damped(calibrated(56).hessian, 0.05)
+    hessian = algebra.damped(calibrated(56).hessian, 0.05)
     grid = fmt.fit(w)
     places = gptq.sweep(w, hessian, fmt.lattice(grid))
     order = hessian.diagonal().argsort(descending=True, stable=True).tolist()

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import Format
+from llmquant.solvers.algebra import of_columns
 from llmquant.solvers.base import Solution
 from llmquant.solvers.block_tuning import between
-from llmquant.solvers.gptq import Ladder, of_columns, solution
+from llmquant.solvers.gptq import Ladder, solution
 from llmquant.stats import Stats
 
 STRETCH, BELOW = 1.2, -0.1  # of the sigmoid, and where it then begins: it reaches 0 and 1

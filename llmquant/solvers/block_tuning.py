@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmquant.formats import Format, Grid
+from llmquant.solvers.algebra import of_columns
 from llmquant.solvers.base import Solution
-from llmquant.solvers.gptq import of_columns
 from llmquant.stats import energy
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import Format, Grid
-from llmquant.solvers import gptq, loops
+from llmquant.solvers import loops
+from llmquant.solvers.algebra import of_columns, robust_factor, steps_of
 
 
 def choose(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
@@ -30,7 +31,7 @@ def _tried(
 ) -> tuple[Grid, Tensor]:
     lattice = fmt.lattice(replace(grid, scale=scale))
     old = fmt.lattice(grid)
-    error = gptq.steps_of(places, old).mul_(gptq.of_columns(old.scale, w.shape[1], old.group)).sub_(w)
+    error = steps_of(places, old).mul_(of_columns(old.scale, w.shape[1], old.group)).sub_(w)
     gradient = error @ hessian
     places, chosen = places.clone(), grid.scale.clone()
     for start in range(0, w.shape[1], width):
@@ -38,12 +39,12 @@ def _tried(
         groups = slice(start // grid.group, -(-here.stop // grid.group))
         local, mine = hessian[here, here], error[:, here]
         rest = gradient[:, here] - mine @ local  # what the errors of other columns ask for
-        factor = gptq.robust_factor(local)
+        factor = robust_factor(local)
         goal = w[:, here] - (rest @ factor.T) @ factor
         columns = torch.arange(start, here.stop, device=w.device)
         found, _ = loops.gptq_block(goal, factor, lattice, columns)
         levels = lattice.levels.expand(len(w), -1).gather(1, found.long())
-        new = levels * gptq.of_columns(scale[:, groups], here.stop - start, grid.group) - w[:, here]
+        new = levels * of_columns(scale[:, groups], here.stop - start, grid.group) - w[:, here]
         better = _loss(new, local, rest) < _loss(mine, local, rest)
         gradient.addmm_((new - mine) * better.unsqueeze(1), hessian[here])
         places[better, here], error[better, here], chosen[better, groups] = (

@@ -19,6 +19,7 @@ from torch import Tensor
 from llmquant.formats import Format
 from llmquant.formats.base import Lattice
 from llmquant.solvers import gptq, loops
+from llmquant.solvers.algebra import robust_factor
 from llmquant.solvers.base import Solution
 from llmquant.stats import Stats
 
@@ -54,7 +55,7 @@ def sweep(w: Tensor, hessian: Tensor, cross: Tensor, lattice: Lattice) -> Tensor
     cross (in, in): sum of (x_ref - x) x^T, on the scale of the Hessian.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = gptq.robust_factor(hessian[order][:, order])
+    factor = robust_factor(hessian[order][:, order])
     carried = (cross[order][:, order] @ factor.T).triu_(1) @ factor
     rest = w[:, order].contiguous()
     places = torch.empty(w.shape, dtype=torch.uint8, device=w.device)

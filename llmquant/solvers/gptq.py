@@ -22,7 +22,6 @@ for the block to decide.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,9 @@ from torch import Tensor
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
 from llmquant.solvers import coarse, loops
-from llmquant.solvers.base import Solution, Step, note_recovery
+from llmquant.solvers.algebra import damped, of_columns, robust_factor
+from llmquant.solvers.base import Solution, Step
+from llmquant.solvers.refit import refit
 from llmquant.stats import Held, Stats, energy
 
 BLOCK = 128  # columns whose errors are spread at once
@@ -41,7 +42,6 @@ OUTPUT_DAMP = 0.3
 OUTPUT_SWEEPS = 4
 ROW_LIMIT = 2.0  # times the loss that a row had before, beyond which it stays as it was
 TRIED = 256  # rows on which l is chosen: all share it, and the tokens are many
-DAMPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def solve(
@@ -97,13 +97,13 @@ def _from_grid(
     places = sweep(aim, hessian, lattice)
     offer("sweep")
     for round in range(rounds):
-        grid = refit(aim, places, grid, fmt, hessian)
+        grid, places = refit(aim, places, grid, fmt, hessian)
         grid, places = coarse.choose(aim, places, grid, fmt, hessian)
         lattice = fmt.lattice(grid)
         places, _ = loops.descend(aim, places, lattice, hessian)
         offer(f"descent {round + 1}")
     if rounds:
-        grid = refit(aim, places, grid, fmt, hessian)
+        grid, places = refit(aim, places, grid, fmt, hessian)
         offer("refit")
     return places, grid
 
@@ -179,19 +179,6 @@ class Ladder:
             self.codes, self.grid, self.best = codes, grid, error
 
 
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """The Hessian (in, in), symmetric to the last bit, its diagonal raised by the fraction `damp` of itself.
-
-    Relative to each input's own size, so that a loud input does not drown the others, and weights and inputs may be
-    scaled against each other without changing a thing. Inputs that were never active get a millionth of the mean.
-    """
-    hessian = (hessian + hessian.T).div_(2)
-    diagonal = hessian.diagonal()
-    floor = (1e-6 * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    diagonal.mul_(1 + damp).clamp_min_(floor)
-    return hessian
-
-
 def aimed(w: Tensor, stats: Stats) -> Tensor:
     """w + a (W* - w), with the a in [0, 1] and the l of least loss on held-out tokens."""
     held = stats.held
@@ -224,31 +211,6 @@ def _step(effect: Tensor, missed: Tensor) -> tuple[float, float]:
     return 2 * step * overlap - step * step * size, step
 
 
-def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """Upper U with U^T U = hessian^-1: of the flipped matrix one Cholesky factor, inverted and flipped back.
-
-    Half the arithmetic of inverting and factoring again, and one rounding less. None where the matrix is not positive
-    definite.
-    """
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if failed:
-        return None
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-
-
-def robust_factor(hessian: Tensor) -> Tensor:
-    """inverse_factor of a damped Hessian that may still be singular: more damping until it is not."""
-    for extra in (0.0, *DAMPS):
-        factor = inverse_factor(damped(hessian, extra) if extra else hessian)
-        if factor is not None and torch.isfinite(factor.diagonal()).all():
-            if extra:
-                note_recovery(f"the Hessian is not positive definite: its diagonal was raised by {extra:.0%}")
-            return factor
-    note_recovery("the Hessian is not positive definite, however damped: errors are not spread")
-    return torch.diag(hessian.diagonal().rsqrt())  # errors stay where they are made: plain rounding
-
-
 def sweep(w: Tensor, hessian: Tensor, lattice: Lattice) -> Tensor:
     """Places (out, in) uint8 of the levels chosen, columns of large diagonal first, the grid fixed beforehand."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -263,40 +225,3 @@ def sweep(w: Tensor, hessian: Tensor, lattice: Lattice) -> Tensor:
         places[:, columns] = found
         rest[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
     return places
-
-
-def steps_of(places: Tensor, lattice: Lattice) -> Tensor:
-    """The levels chosen less their zero (out, in) float32: what the scale multiplies."""
-    levels = lattice.levels.expand(len(places), -1).gather(1, places.long())
-    if lattice.zero is not None:
-        levels -= of_columns(lattice.zero, places.shape[1], lattice.group)
-    return levels
-
-
-def of_columns(values: Tensor, columns: int, group: int) -> Tensor:
-    """(out or 1, groups) -> (out or 1, columns)"""
-    return values.repeat_interleave(group, dim=1)[:, :columns]
-
-
-def refit(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> Grid:
-    """Group after group the scale of least loss for the codes as they are, kept where its stored value is better."""
-    if len(grid.scale) != len(w):  # one scale for all rows: it is not the rows' to choose
-        return grid
-    lattice = fmt.lattice(grid)
-    steps = steps_of(places, lattice)
-    offset: Any = 0.0 if lattice.offset is None else of_columns(lattice.offset, w.shape[1], grid.group)
-    residual = w - steps * of_columns(grid.scale, w.shape[1], grid.group) - offset
-    gradient = residual @ hessian
-    scale = grid.scale.clone()
-    for index, start in enumerate(range(0, w.shape[1], grid.group)):
-        columns = slice(start, min(start + grid.group, w.shape[1]))
-        mine = steps[:, columns]
-        slope = (mine * gradient[:, columns]).sum(1)
-        bend = ((mine @ hessian[columns, columns]) * mine).sum(1)
-        wanted = torch.where(bend > 0, scale[:, index] + slope / bend, scale[:, index])
-        change = fmt.storable(wanted, grid, index) - scale[:, index]
-        better = change * (change * bend - 2 * slope) < 0
-        change = torch.where(better & torch.isfinite(change), change, 0.0)
-        scale[:, index] += change
-        gradient.addmm_(mine * change.unsqueeze(1), hessian[columns], alpha=-1)
-    return replace(grid, scale=scale)

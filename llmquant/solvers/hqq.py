@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice
-from llmquant.solvers import gptq
+from llmquant.solvers.algebra import of_columns
 from llmquant.solvers.base import Solution
 from llmquant.stats import Stats, energy
 
@@ -72,20 +72,20 @@ def shrunk(error: Tensor, beta: float, norm: float) -> Tensor:
 def moved(w: Tensor, codes: Tensor, grid: Grid, fmt: Format) -> Grid:
     """The grid of least squares for w (out, in) with codes as they are: its real zero point, or else all it has."""
     lattice = fmt.lattice(grid)
-    scale = gptq.of_columns(grid.scale, w.shape[1], grid.group)
+    scale = of_columns(grid.scale, w.shape[1], grid.group)
     if grid.levels is not None:  # a code is a place in the table
         return fmt.moved(grid, levels=_levels(w, codes, scale, grid.levels).sort(dim=1).values)
     counts = _of_groups(torch.ones_like(w), grid)
     values = fmt.decode(codes, grid)
     if lattice.offset is not None:
-        values -= gptq.of_columns(lattice.offset, w.shape[1], grid.group)
+        values -= of_columns(lattice.offset, w.shape[1], grid.group)
         return fmt.moved(grid, zero=_of_groups(w - values, grid) / counts)
     steps = (values / scale).nan_to_num_(0.0)
     if lattice.zero is not None:
         before = lattice.zero
         grid = fmt.moved(grid, zero=before + _of_groups(steps - w / scale, grid) / counts)
         assert grid.zero is not None
-        steps -= gptq.of_columns(grid.zero - before, w.shape[1], grid.group)
+        steps -= of_columns(grid.zero - before, w.shape[1], grid.group)
     found = _of_groups(steps * w, grid) / _of_groups(steps * steps, grid)
     return fmt.moved(grid, scale=torch.where(found.isfinite() & (found != 0), found, grid.scale))
 
@@ -93,7 +93,7 @@ def moved(w: Tensor, codes: Tensor, grid: Grid, fmt: Format) -> Grid:
 def _distance(lattice: Lattice, columns: int) -> Tensor:
     """Between two levels, on average: (out or 1, columns)."""
     levels = (lattice.levels[:, -1:] - lattice.levels[:, :1]) / (lattice.levels.shape[1] - 1)
-    return levels * gptq.of_columns(lattice.scale.abs(), columns, lattice.group)
+    return levels * of_columns(lattice.scale.abs(), columns, lattice.group)
 
 
 def _of_groups(x: Tensor, grid: Grid) -> Tensor:

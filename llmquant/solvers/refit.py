@@ -1,17 +1,16 @@
-"""Codebooks inside the GPTQ loop: the table is fitted to the weights by importance, then to what rounding makes of it.
+"""With all codes as they are: the scales, and the entries of learned tables, that lose least.
 
-The format's own fit clusters every weight by itself, weighted with the diagonal of the Hessian. Here columns are
-rounded to that table by GPTQ, errors being made up for by later columns; with all codes as they are the table of least
-tr((W - Q) H (W - Q)^T) is a weighted least squares problem of as many unknowns as it has levels, one for each row or
-for the tensor; and coordinate descent moves codes for the new table. The last two take turns.
+tr((W - Q) H (W - Q)^T) is a quadratic of either. A scale is found group after group; a table is a weighted least
+squares problem of as many unknowns as it has levels. Whatever is found is kept where it still is better once it is
+rounded to its stored type.
 
-Source of the clustering: arXiv:2306.07629, section 4.1; of updating a codebook by the Hessian: M. van Baalen et al.,
-"GPTVQ", arXiv:2402.15319, section 3.3.
+Source of updating a codebook by the Hessian: M. van Baalen et al., "GPTVQ", arXiv:2402.15319, section 3.3.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,51 +18,45 @@ from torch import Tensor
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import PIECE
 from llmquant.formats.kmeans import KMeans
-from llmquant.solvers import gptq, loops
-from llmquant.solvers.base import Solution
-from llmquant.stats import Stats
-
-
-def solve(
-    w: Tensor, stats: Stats | None, fmt: Format, *, damp: float = 0.03, target: bool = True, rounds: int = 2
-) -> Solution:
-    """w (out, in) float32, a kmeans format. Raises what Format.fit raises, and ValueError without calibration.
-
-    damp, target: as those of gptq; rounds: of fitting the table to the codes and the codes to the table.
-    """
-    if stats is None:
-        raise ValueError("kmeans needs calibration")
-    ladder = gptq.Ladder(w, stats.held)
-    importance = stats.importance()
-    ladder.offer("rounding", *fmt.quantize(w, importance), fmt)
-    hessian = gptq.damped(stats.hessian, damp)
-    aim = gptq.aimed(w, stats) if target else w
-    grid = fmt.fit(aim, importance)
-    lattice = fmt.lattice(grid)
-    places = gptq.sweep(aim, hessian, lattice)
-    ladder.offer("sweep", lattice.codes[places.int()], grid, fmt)
-    for round in range(rounds):
-        grid, places = refit(aim, places, grid, fmt, hessian)
-        lattice = fmt.lattice(grid)
-        places, _ = loops.descend(aim, places, lattice, hessian)
-        ladder.offer(f"descent {round + 1}", lattice.codes[places.int()], grid, fmt)
-    if rounds:
-        grid, places = refit(aim, places, grid, fmt, hessian)
-        ladder.offer("refit", lattice.codes[places.int()], grid, fmt)
-    rival = None
-    if stats.curvature is not None and rounds:
-        codes = gptq.two_sided(aim, places, grid, fmt, hessian, stats.curvature)
-        rival = gptq.solution(w, codes, grid, fmt, stats)
-    return replace(gptq.solution(w, ladder.codes, ladder.grid, fmt, stats), steps=tuple(ladder.steps), rival=rival)
+from llmquant.solvers.algebra import of_columns, steps_of
 
 
 def refit(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
-    """The scales, where there are some, and then the tables of least loss for the codes as they are, and new places.
+    """The grid of least loss for places (out, in) uint8 of levels, and the places on it: those of the same levels."""
+    grid = scales(w, places, grid, fmt, hessian)
+    return (grid, places) if grid.levels is None else tables(w, places, grid, fmt, hessian)
+
+
+def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> Grid:
+    """Group after group the scale of least loss for the codes as they are, kept where its stored value is better."""
+    if len(grid.scale) != len(w):  # one scale for all rows: it is not the rows' to choose
+        return grid
+    lattice = fmt.lattice(grid)
+    steps = steps_of(places, lattice)
+    offset: Any = 0.0 if lattice.offset is None else of_columns(lattice.offset, w.shape[1], grid.group)
+    residual = w - steps * of_columns(grid.scale, w.shape[1], grid.group) - offset
+    gradient = residual @ hessian
+    scale = grid.scale.clone()
+    for index, start in enumerate(range(0, w.shape[1], grid.group)):
+        columns = slice(start, min(start + grid.group, w.shape[1]))
+        mine = steps[:, columns]
+        slope = (mine * gradient[:, columns]).sum(1)
+        bend = ((mine @ hessian[columns, columns]) * mine).sum(1)
+        wanted = torch.where(bend > 0, scale[:, index] + slope / bend, scale[:, index])
+        change = fmt.storable(wanted, grid, index) - scale[:, index]
+        better = change * (change * bend - 2 * slope) < 0
+        change = torch.where(better & torch.isfinite(change), change, 0.0)
+        scale[:, index] += change
+        gradient.addmm_(mine * change.unsqueeze(1), hessian[columns], alpha=-1)
+    return replace(grid, scale=scale)
+
+
+def tables(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
+    """The tables of least loss for the codes as they are, one for each row or for the tensor, and new places.
 
     A table is kept where it still is better after rounding to its stored type. New places say the same levels in the
     ascending order of the new table.
     """
-    grid = gptq.refit(w, places, grid, fmt, hessian)
     assert grid.levels is not None
     normal, right = equations(w, places, grid, hessian)
     unused = normal.diagonal(dim1=1, dim2=2) <= 0
@@ -93,7 +86,7 @@ def equations(w: Tensor, places: Tensor, grid: Grid, hessian: Tensor) -> tuple[T
     tables, size = grid.levels.shape
     normal = torch.zeros(tables, size, size, dtype=torch.float64, device=w.device)
     right = torch.zeros(tables, size, dtype=torch.float64, device=w.device)
-    scale = gptq.of_columns(grid.scale, w.shape[1], grid.group).expand_as(w)
+    scale = of_columns(grid.scale, w.shape[1], grid.group).expand_as(w)
     step = max(1, 4 * PIECE // (size * w.shape[1]))
     for start in range(0, len(w), step):
         some = slice(start, start + step)
@@ -109,8 +102,8 @@ def equations(w: Tensor, places: Tensor, grid: Grid, hessian: Tensor) -> tuple[T
     return normal, right
 
 
-def refuses(fmt: Format) -> str | None:
-    """Why the format is none for this solver, if so."""
+def without_tables(fmt: Format) -> str | None:
+    """Why there is no table to learn in the format, if so."""
     if isinstance(fmt, KMeans):
         return None
     return f"learns tables, and {fmt.spec} has none to learn: use solver gptq, or a format such as kmeans4:channel"
