@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -154,3 +155,8 @@ def finite_rows(x: Tensor) -> Tensor:
 def energy(w: Tensor) -> float:
     """|w|^2, the sum of the squares of w (out, in), by rows: no copy of w in another type."""
     return float(torch.linalg.vecdot(w, w).sum(dtype=torch.float64))
+
+
+def ratio(error: float, signal: float) -> float:
+    """Root of error energy over signal energy; 0 for nothing lost of nothing."""
+    return 0.0 if error == 0 else math.sqrt(error / signal) if signal else math.inf

@@ -35,7 +35,7 @@ from llmquant.experts import packed_name
 from llmquant.formats import Format, TensorSpec
 from llmquant.matrices import Target
 from llmquant.metrics import Divergence, Tally, quantized_modules
-from llmquant.stats import energy
+from llmquant.stats import energy, ratio
 from llmquant.text import window_length
 
 # Of sound models, random and trained, in formats of 1 to 9 bits, none needed more than 2.8.
@@ -311,7 +311,7 @@ def _weights(
         if module in moved:
             errors.append(noted[module])
             continue
-        error = _ratio(energy(found.sub_(original).flatten(1)), _energy(original))
+        error = ratio(energy(found.sub_(original).flatten(1)), _energy(original))
         errors.append(_compared(module, key, error, noted, problems))
     if name:
         errors += _experts(name, decoded, reference, noted, problems)
@@ -328,7 +328,7 @@ def _experts(
     reference.load_block(block)
     for target, found in decoded.decoded_experts(reference, block):
         original = target.matrix(reference.module(target))
-        error = _ratio(energy(found.sub_(original)), _energy(original))
+        error = ratio(energy(found.sub_(original)), _energy(original))
         yield _compared(target.name, target.name, error, noted, problems)
     reference.unload_block(block)
 
@@ -349,10 +349,6 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return not a.numel() or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _ratio(error: float, signal: float) -> float:
-    return 0.0 if error == 0 else math.sqrt(error / signal) if signal else math.inf
 
 
 # ---- outputs

@@ -70,6 +70,10 @@ FORBIDDEN = {
     "estimate": ["pipeline", "plan", "output", "calibration", "cli", "hf", "linear", "checkpoint"],
     "plan": ["pipeline", "calibration", "cli", "hf", "linear"],
     "recipe": ["pipeline", "plan", "calibration", "blocks", "cli", "hf", "linear"],
+    "job": ["pipeline", "solving", "saving", "endtoend", "calibration", "solvers", "output", "cli", "hf", "linear"],
+    "solving": ["pipeline", "saving", "endtoend", "plan", "output", "cli", "hf", "linear"],
+    "saving": ["pipeline", "endtoend", "plan", "recipe", "cli", "hf", "linear"],
+    "endtoend": ["pipeline", "plan", "recipe", "cli", "hf", "linear"],
     "pipeline": ["cli", "hf", "linear"],
 }
 

@@ -1,0 +1,110 @@
+"""After the last block: all of them are trained together, and written anew where that was for the better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from llmquant import tune
+from llmquant.blocks import StreamedModel
+from llmquant.calibration import Streams
+from llmquant.estimate import Row
+from llmquant.job import Prepared, Progress
+from llmquant.output import CALIBRATION, LEAN, OutputFolder
+from llmquant.saving import matrices, moved_vectors, save_block
+from llmquant.solvers import Solution
+from llmquant.solving import Result
+from llmquant.stats import energy, ratio
+
+
+def tune_all(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: Progress) -> dict[str, Any]:
+    """Train all blocks together, and write them anew where that was for the better. Returns what is noted of it."""
+    model, job = prepared.model, prepared.job
+    places = [*range(len(model.block_names)), None]
+    parts = range(len(places), 2 * len(places))
+    if not all(part in folder.records for part in parts):
+        windows = load_file(folder.partial / CALIBRATION)["tokens"]
+        means, vectors = prepared.plan.tuning, model.vectors()
+        assert means is not None
+        with _whole(model):
+            for block in places[:-1]:
+                for _, parameter, value in moved_vectors(prepared, folder, block):
+                    parameter.data = value
+            tuned = tune.tune(
+                model,
+                [matrix for block in places for matrix in _leaning(prepared, folder, block)],
+                {name: prepared.checkpoint.dtype(key) for name, key in vectors.items()},
+                windows,
+                torch.cat(streams.reference),
+                streams.held_windows(),
+                steps=job.tuning,
+                batch=len(streams.reference[0]),
+                rates=tune.Rates() if means.shifts else tune.Rates(shift=0.0),
+                recompute=means.recompute,
+                seed=job.seed,
+                progress=partial(progress, "tune"),
+            )
+            noted = {"kept": tuned.kept, "divergences": tuned.divergences, "codes": means.shifts}
+            if not tuned.kept:
+                return {"tuning": noted}
+            found = {matrix.target.name: matrix for matrix in tuned.matrices}
+            changed = {vectors[name]: vector for name, vector in tuned.vectors.items()}
+            for part, block in zip(parts, places, strict=True):
+                name = f"tuned-{part - len(places) + 1:05d}-of-{len(places):05d}.safetensors"
+                results = [
+                    _tuned(prepared, folder, row, found[row.target.name]) for row in prepared.plan.of_block(block)
+                ]
+                save_block(prepared, folder, block, name, results, part=part, changed=changed, noted={"tuning": noted})
+    return {"tuning": folder.records[parts[0]]["tuning"]}
+
+
+def keep_lean(folder: OutputFolder, block: int, results: list[Result]) -> None:
+    """What solutions say beyond codes and grids, of which only the tuning of all blocks will know the use."""
+    lean = {result.row.target.name: result.solution.lean for result in results}
+    tensors = {name: tensor.cpu() for name, tensor in lean.items() if tensor is not None}
+    if tensors:
+        folder.kept(LEAN.format(block), lambda: tensors)
+
+
+@contextmanager
+def _whole(model: StreamedModel) -> Iterator[None]:
+    """The whole model in memory."""
+    blocks = range(len(model.block_names))
+    model.load_outside()
+    for block in blocks:
+        model.load_block(block)
+    yield
+    for block in blocks:
+        model.unload_block(block)
+    model.unload_outside()
+
+
+def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Iterator[tune.Matrix]:
+    """The quantized matrices of a block, with what their solutions said beyond that."""
+    kept = folder.partial / LEAN.format(block)
+    leans = load_file(kept, device=str(prepared.model.device)) if kept.is_file() else {}
+    for matrix in matrices(prepared, folder, block):
+        yield replace(matrix, lean=leans.get(matrix.target.name))
+
+
+def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matrix) -> Result:
+    """As a result, with the error that it has now: of its outputs nothing is known any more.
+
+    Where scales were moved, the original weight is no measure: the errors noted are those before tuning.
+    """
+    part = len(prepared.model.block_names) if row.block is None else row.block
+    record = folder.records[part]
+    report = next(report for report in record["report"] if report["name"] == row.target.name)
+    if any(row.target.name in (note["source"], *note["readers"]) for note in record.get("scaled", [])):
+        return Result(row, Solution(matrix.codes, matrix.grid, report["loss"]), {**report, "tuned": True})
+    w = row.target.matrix(prepared.model.module(row.target)).detach().float()
+    loss = energy(row.format.decode(matrix.codes, matrix.grid).sub_(w))
+    report = {key: value for key, value in report.items() if key != "output_error"}
+    report |= {"loss": loss, "error": ratio(loss, energy(w)), "tuned": True}
+    return Result(row, Solution(matrix.codes, matrix.grid, loss), report)

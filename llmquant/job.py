@@ -1,0 +1,85 @@
+"""What a run is asked for, and what is known before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmquant.blocks import StreamedModel
+from llmquant.checkpoint import Checkpoint
+from llmquant.plan import Plan
+from llmquant.recipe import Recipe
+from llmquant.version import __version__
+
+# progress(what is being done, units done, units in all)
+Progress = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of a run that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is shown to the model: `samples` windows of `length` tokens.
+
+    source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, a dataset id, or token ids: a
+    .safetensors with a tensor `tokens` (windows, length) int64. length None: that of given tokens, else 512, or the
+    model's limit where that is lower. curvature: the share of the windows over which a backward pass finds out how the
+    loss curves, for the last step of rounding; 0: none.
+    """
+
+    source: str = "self"
+    samples: int = 128
+    length: int | None = None
+    batch: int = 8
+    curvature: float = 0.25
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the bytes of a result. tuning: steps of end-to-end tuning after the last block."""
+
+    model: str
+    recipe: Recipe
+    calibration: Calibration | None = Calibration()
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    tuning: int = 0
+    trust_remote_code: bool = False
+    rotate: str = "none"  # one of rotation.MODES
+
+    def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {
+            "llmquant": __version__,
+            "recipe": self.recipe.to_json(),
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "rotate": self.rotate,
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": str(self.dtype),
+            "tuning": self.tuning,
+            "source": checkpoint.fingerprint(),
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose plan has been made: everything checked, nothing yet done."""
+
+    job: Job
+    checkpoint: Checkpoint
+    model: StreamedModel
+    plan: Plan
+    length: int
+    offload: Path | None = None  # where the hidden states of calibration lie, if not in memory
+
+
+def loading(job: Job) -> dict[str, Any]:
+    """How a StreamedModel of the job is made, whatever its type."""
+    return {"device": job.device, "trust_remote_code": job.trust_remote_code}

@@ -1,0 +1,118 @@
+"""What a block's shard holds: quantized matrices packed, all else as it was; and how it is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from llmquant import tune
+from llmquant.calibration import WeightSwap
+from llmquant.errors import (
+    NonFiniteInput,
+    VerificationError,
+)
+from llmquant.estimate import Row
+from llmquant.formats.base import all_finite
+from llmquant.job import Prepared
+from llmquant.output import OutputFolder
+from llmquant.solvers import Solution
+from llmquant.solving import Result, put
+
+
+def save_block(
+    prepared: Prepared,
+    folder: OutputFolder,
+    block: int | None,
+    shard: str,
+    results: list[Result],
+    *,
+    part: int | None = None,
+    changed: dict[str, Tensor] | None = None,
+    noted: dict[str, Any] | None = None,
+) -> None:
+    """block None: all that lies outside the blocks, as the last part.
+
+    part: its number, where it is not the first that is written of the block; changed: what the file gets, of whatever
+    blocks, in place of the checkpoint's own tensors; noted: of this part, besides the report.
+    """
+    model = prepared.model
+    quantized = {name for result in results for name in result.row.sources}
+    keys = model.outside_keys() if block is None else model.block_keys(block)
+    dense = [name for name in keys if name not in quantized]
+    tensors = {name: (changed or {}).get(name, own) for name, own in prepared.checkpoint.tensors(dense).items()}
+    experts: dict[str, list[Tensor]] = {}
+    for result in results:
+        for suffix, tensor in result.row.format.pack(result.solution.codes, result.solution.grid).items():
+            if result.row.target.expert is None:
+                tensors[stored_name(result.row, suffix)] = tensor.cpu()
+            else:
+                experts.setdefault(stored_name(result.row, suffix), []).append(tensor.cpu())
+    tensors |= {name: torch.stack(parts) for name, parts in experts.items()}
+
+    def check(read: dict[str, Tensor]) -> dict[str, Any]:
+        _check_dense({name: read[name] for name in dense})
+        for result in results:
+            _check_result(result, read)
+        return {"report": [result.report for result in results], **(noted or {})}
+
+    first = len(model.block_names) if block is None else block
+    folder.write_shard(first if part is None else part, shard, tensors, check)
+
+
+def stored_name(row: Row, suffix: str) -> str:
+    return row.key.removesuffix("weight") + suffix
+
+
+def stored(row: Row, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {suffix: tensors[stored_name(row, suffix)] for suffix in row.format.layout(row.target.shape)}
+    expert = row.target.expert
+    return found if expert is None else {suffix: tensor[expert] for suffix, tensor in found.items()}
+
+
+def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:
+    for name, tensor in read.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not all_finite(tensor):
+            raise NonFiniteInput(f"{name}: holds NaN or Inf: the checkpoint is damaged")
+    return {}
+
+
+def _check_result(result: Result, read: dict[str, Tensor]) -> None:
+    """What was read back must unpack to what was solved, bit for bit: so the errors noted are those of the file."""
+    row, solution = result.row, result.solution
+    codes, grid = row.format.unpack(stored(row, read), row.target.shape)
+    if not (torch.equal(codes, solution.codes.cpu()) and grid.equals(solution.grid)):
+        raise VerificationError(f"{row.key}: what was read back is not what was solved: please report this")
+
+
+def matrices(prepared: Prepared, folder: OutputFolder, block: int | None) -> list[tune.Matrix]:
+    """The quantized matrices of a block, from the shard that has been written of it."""
+    part = len(prepared.model.block_names) if block is None else block
+    tensors = load_file(folder.partial / folder.records[part]["shard"])
+    found = []
+    for row in prepared.plan.of_block(block):
+        codes, grid = row.format.unpack(stored(row, tensors), row.target.shape)
+        device = prepared.model.device
+        found.append(tune.Matrix(row.target, row.format, codes.to(device), grid.to(device)))
+    return found
+
+
+def moved_vectors(prepared: Prepared, folder: OutputFolder, block: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """(name in memory, parameter, value) of norms and biases from which scales were moved, from the block's shard."""
+    record = folder.records[block]
+    tensors = load_file(folder.partial / record["shard"])
+    for name in record.get("changed", []):
+        parameter, key = prepared.model.model.get_parameter(name), prepared.model.source_key(name)
+        assert key is not None
+        yield name, parameter, tensors[key].to(parameter)
+
+
+def restore(prepared: Prepared, folder: OutputFolder, block: int, swap: WeightSwap) -> None:
+    """Put the block's quantized weights in place from the shard that an earlier run left."""
+    for row, matrix in zip(prepared.plan.of_block(block), matrices(prepared, folder, block), strict=True):
+        put(prepared, swap, row, Solution(matrix.codes, matrix.grid, 0.0))
+    for name, parameter, value in moved_vectors(prepared, folder, block):
+        swap.replace(name, parameter, value)

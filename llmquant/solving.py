@@ -1,0 +1,265 @@
+"""One block: its matrices solved stage by stage, each judged, and put in place for those that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmquant import recovery
+from llmquant.calibration import Stage, Streams, WeightSwap, stages
+from llmquant.errors import (
+    LlmquantError,
+)
+from llmquant.estimate import Row
+from llmquant.job import Prepared
+from llmquant.matrices import Target
+from llmquant.scaling import Scales, awq, balance
+from llmquant.solvers import TUNERS, Solution, default_of
+from llmquant.solvers.block_tuning import Part
+from llmquant.stats import Stats, energy, ratio
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one matrix, and the figures that are noted of it."""
+
+    row: Row
+    solution: Solution
+    report: dict[str, Any]
+    rival: Result | None = None
+
+
+def solve_block(
+    prepared: Prepared,
+    block: int,
+    streams: Streams | None,
+    curves: dict[str, Tensor],
+    swap: WeightSwap,
+    scales: Scales | None,
+    step: Callable[[int], None],
+) -> list[Result]:
+    """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
+    rows = {row.target.name: row for row in prepared.plan.of_block(block)}
+    order = [] if streams is None else stages(prepared.model, block, streams)
+    if streams is not None:
+        streams.remember(block, order)
+    reached = {target.name for stage in order for target in stage.targets}
+    order += [Stage([row.target]) for name, row in rows.items() if name not in reached]
+    results: dict[str, Result] = {}
+    for stage in order:
+        wanted = [rows[target.name] for target in stage.targets if target.name in rows]
+        if not wanted:
+            continue
+        seen: Iterable[tuple[Target, Stats | None]] = ((target, None) for target in stage.targets)
+        if scales is not None and stage.targets[0].name in reached and any(_needs_stats(row) for row in wanted):
+            seen = _scaled(scales, rows, stage)
+        for target, stats in seen:
+            if (row := rows.get(target.name)) is None:
+                continue
+            if scales is None or stats is None:
+                result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
+            else:
+                own = replace(stats, curvature=scales.curvature(target.name, curves.get(target.name)))
+                result = _solve(row, scales.matrix(target.name), own)
+            results[row.target.name] = result
+            if streams is not None:
+                put(prepared, swap, row, result.solution)
+            step(sum(result.row.weights for result in results.values()))
+        if streams is not None:
+            solved = [results[row.target.name] for row in wanted]
+            for result in _judged(prepared, block, streams, curves, swap, solved):
+                results[result.row.target.name] = result
+    if streams is not None:
+        results |= _block_tuned(prepared, block, streams, curves, swap, results)
+    return [results[name] for name in rows]
+
+
+def _needs_stats(row: Row) -> bool:
+    return row.rule.solver not in TUNERS
+
+
+def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Iterable[tuple[Target, Stats]]:
+    """Move scales where the solver wants it, into the columns of a stage or from its rows.
+
+    Returns the targets of the stage with the statistics of what they read then.
+    """
+    names = [target.name for target in stage.targets]
+    places = []
+    for place in scales.places:
+        parts = [*place.readers, *([] if place.offset is not None else [place.source])]
+        solvers = {rows[name].rule.solver if name in rows else None for name in parts}
+        if len(solvers) == 1:  # all are quantized, and in one way
+            places.append((place, solvers.pop()))
+    formats = {name: row.format for name, row in rows.items()}
+    for place, solver in places:
+        after_norm = place.offset is not None and names == list(place.readers)
+        if solver == "awq" and (after_norm or place.source in names):
+            awq(scales, place, formats)
+    stage.scale = scales.columns.get(names[0])
+    seen = scales.streams.statistics(scales.block, stage, scales.swap)
+    for place, solver in places:
+        if solver == "gptq" and place.offset is not None and names == list(place.readers):
+            stats = balance(scales, place, next(iter(seen))[1], formats)  # which all targets share
+            seen = ((target, stats) for target in stage.targets)
+    return seen
+
+
+def _judged(
+    prepared: Prepared,
+    block: int,
+    streams: Streams,
+    curves: dict[str, Tensor],
+    swap: WeightSwap,
+    results: list[Result],
+) -> Iterator[Result]:
+    """Each result whose rival brings the block's outputs nearer to the reference on held-out tokens, with the rival."""
+    if not any(streams.held) or not any(result.rival for result in results):
+        return
+    metric = curves.get(prepared.model.block_names[block])
+    least = streams.block_error(block, swap, metric)
+    for group in _groups(results):
+        rivals = [result.rival for result in group if result.rival is not None]
+        if not rivals:
+            continue
+        for rival in rivals:
+            put(prepared, swap, rival.row, rival.solution)
+        error = streams.block_error(block, swap, metric)
+        noted = {"name": "two-sided", "error": error, "before": least, "kept": error < least}
+        for result in group:
+            chosen = result.rival if error < least and result.rival is not None else result
+            put(prepared, swap, chosen.row, chosen.solution)
+            steps = [*result.report["steps"], *([] if result.rival is None else [noted])]
+            yield Result(chosen.row, chosen.solution, {**chosen.report, "steps": steps})
+        least = min(error, least)
+
+
+def _groups(results: list[Result]) -> Iterator[list[Result]]:
+    """What is judged at once: each matrix by itself, all experts of a parameter together."""
+    for _, group in groupby(results, key=lambda result: result.row.target.listed):
+        yield list(group)
+
+
+def _block_tuned(
+    prepared: Prepared,
+    block: int,
+    streams: Streams,
+    curves: dict[str, Tensor],
+    swap: WeightSwap,
+    results: dict[str, Result],
+) -> dict[str, Result]:
+    """The results of matrices that are tuned together, kept where held-out tokens agree; with each rule by itself."""
+    rules = list(dict.fromkeys(id(result.row.rule) for result in results.values() if not _needs_stats(result.row)))
+    found: dict[str, Result] = {}
+    metric = curves.get(prepared.model.block_names[block])
+    for rule in rules:
+        mine = {name: result for name, result in results.items() if id(result.row.rule) == rule}
+        before = streams.block_error(block, swap, metric) if any(streams.held) else None
+        solutions = _tune_block(prepared, block, streams, swap, mine)
+        for name, solution in solutions.items():
+            put(prepared, swap, mine[name].row, solution)
+        after = None if before is None else streams.block_error(block, swap, metric)
+        kept = before is None or after is None or after < before
+        step = {"name": "tuning", "error": after, "before": before, "kept": kept}
+        for name, result in mine.items():
+            w = _original(swap, result.row)
+            solution = solutions[name] if kept else result.solution
+            put(prepared, swap, result.row, solution)
+            report = {**_report(result.row, w, solution, None, None), "solver": result.row.rule.solver, "steps": [step]}
+            found[name] = Result(result.row, solution, report)
+    return found
+
+
+def _original(swap: WeightSwap, row: Row) -> Tensor:
+    """The weight (out, in) float32 as it was before anything took its place."""
+    return row.target.seen(swap.pairs[row.target.parameter][1]).float()
+
+
+def _tune_block(
+    prepared: Prepared, block: int, streams: Streams, swap: WeightSwap, results: dict[str, Result]
+) -> dict[str, Solution]:
+    """Matrices of one rule, from the grids of `results`, by the gradients of what the block puts out."""
+    rows = {name: result.row for name, result in results.items()}
+    parts = {name: Part(_original(swap, row), row.format, results[name].solution.grid) for name, row in rows.items()}
+    wanted = streams.outputs(block, swap)
+
+    def gradient(batch: int, weights: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        for name, weight in weights.items():
+            _put_weight(prepared, swap, rows[name], weight)
+        return streams.gradient(block, batch, wanted[batch], [row.target for row in rows.values()])
+
+    rule = next(iter(rows.values())).rule
+    seed = prepared.job.seed * len(prepared.model.block_names) + block
+    return TUNERS[rule.solver](parts, gradient, len(wanted), seed, **rule.options)
+
+
+def solve_outside(prepared: Prepared, streams: Streams | None) -> list[Result]:
+    """What rules name outside the blocks: on what leaves the last of them, or from the weights alone."""
+    rows, model = prepared.plan.of_block(None), prepared.model
+    if not rows:
+        return []
+    model.load_outside()
+    results = []
+    for row in rows:
+        calibrated = streams is not None and isinstance(model.module(row.target), nn.Linear)
+        stats = streams.behind_blocks(row.target) if streams is not None and calibrated else None
+        results.append(_solve(row, row.target.matrix(model.module(row.target)).detach(), stats))
+    model.unload_outside()
+    return results
+
+
+def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
+    """weight (out, in) in the model's type."""
+    w = weight.float()
+    name, options = row.rule.solver, row.rule.options
+    if name in TUNERS:  # where tuning starts
+        name, options = "rtn", {"clip": options.get("clip", default_of(TUNERS[name], "clip"))}
+    try:
+        solution, name, noted = recovery.solve(w, stats, row.format, name, options, calibrated=row.block is not None)
+    except LlmquantError as error:
+        raise type(error)(f"{row.key}: {error}") from None
+    outputs = None if stats is None else stats.output_energy(w)  # as dear as a step of the solver, and wanted twice
+    facts = {"solver": name, **({"recoveries": noted} if noted else {})}
+    rival = None
+    if solution.rival is not None:
+        rival = Result(row, solution.rival, {**_report(row, w, solution.rival, stats, outputs), **facts})
+    return Result(row, solution, {**_report(row, w, solution, stats, outputs), **facts}, rival)
+
+
+def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outputs: float | None) -> dict[str, Any]:
+    """Relative errors: of the weight and, where calibrated, of its outputs, whose energy is `outputs`."""
+    report: dict[str, Any] = {
+        "name": row.target.name,
+        "key": row.key,
+        "format": row.format.spec,
+        "shape": list(row.target.shape),
+        "bits_per_weight": row.format.bits_per_weight(row.target.shape),
+        "loss": solution.loss,
+    }
+    if row.target.expert is not None:
+        report["expert"] = row.target.expert
+    if stats is None or outputs is None:
+        return {**report, "error": ratio(solution.loss, energy(w))}
+    error = row.format.decode(solution.codes, solution.grid).sub_(w)
+    return {
+        **report,
+        "error": ratio(energy(error), energy(w)),
+        "output_error": ratio(solution.loss, outputs),
+        "steps": [asdict(step) for step in solution.steps],
+        "tokens": stats.tokens,
+        "borrowed": stats.borrowed,
+        "dropped": stats.dropped,
+    }
+
+
+def put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
+    _put_weight(prepared, swap, row, row.format.decode(solution.codes, solution.grid))
+
+
+def _put_weight(prepared: Prepared, swap: WeightSwap, row: Row, weight: Tensor) -> None:
+    parameter = prepared.model.model.get_parameter(row.target.parameter)
+    stored = row.target.stored(weight.to(prepared.model.dtype))
+    swap.replace(row.target.parameter, parameter, stored, row.target.expert)
