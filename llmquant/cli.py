@@ -1,21 +1,30 @@
-"""The command line: one verb, one call."""
+"""The command line: one verb, one call. Files of other tools are in cli_exchange.py."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from llmquant import cli_exchange
+from llmquant.cli_common import (
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    TrustOption,
+    dtype_named,
+    duration,
+    notes,
+    out,
+    progress_bar,
+    size,
+)
 from llmquant.errors import LlmquantError, PlanError, VerificationError
 
 EXIT_CODES = (
@@ -31,16 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console()
-notes = Console(stderr=True)
 INTERRUPTED = 130
-
-ModelArgument = Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or a hub id.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
-TextOption = Annotated[
-    str, typer.Option(help="Text to measure on: a text, JSON, JSONL or parquet file, or a dataset id.")
-]
 
 
 def main() -> None:
@@ -52,28 +52,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-
-
-@contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Any]:
-    """A bar with the time left, as a callback (what, done, total); a new total begins a new bar."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=notes, disable=quiet) as bar:
-        tasks: dict[int, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if total not in tasks:
-                tasks[total] = bar.add_task(what, total=total)
-            bar.update(tasks[total], description=what, completed=done)
-
-        yield report
 
 
 # ---- quantize
@@ -112,6 +90,9 @@ def quantize(
     text: Annotated[
         str | None, typer.Option("--eval", help="Measure perplexity and KL on this text at the end.")
     ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Export the result, too: compressed-tensors, gptq, gguf or dense.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
     as_json: JsonOption = False,
@@ -124,62 +105,51 @@ def quantize(
     import torch
     from transformers.utils import logging
 
-    from llmquant import pipeline
-    from llmquant.recipe import QUALITIES, Recipe
+    from llmquant import api, pipeline
+    from llmquant.exchange.export import check, export
+    from llmquant.exchange.model import Model
+    from llmquant.output import check_usable
+    from llmquant.recipe import Recipe
 
     logging.disable_progress_bar()  # there is one of our own
 
-    if quality not in QUALITIES:
-        raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
     granularity = f"g{group}" if group.isdecimal() else group
     spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
     rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip)
-    balanced = QUALITIES[quality]
-    shown = None
-    if balanced or calibration is not None:
-        windows = samples or (128 if balanced else 16)
-        shown = pipeline.Calibration(calibration or "self", windows, length, batch, curvature=balanced)
+    shown = api.calibration_for(quality, calibration, samples, length, batch)
     folder = output or Path(f"{Path(model).name}-{recipe.stem if recipe else spec.replace(':', '-')}")
-    job = pipeline.Job(
-        model, rules, shown, seed, device or _default_device(), _dtype(dtype), trust_remote_code=trust_remote_code
-    )
+    where = device or api.default_device()
+    job = pipeline.Job(model, rules, shown, seed, where, dtype_named(dtype), trust_remote_code=trust_remote_code)
     torch.manual_seed(seed)
     prepared = pipeline.prepare(job, folder, overwrite=overwrite)
     if text and not prepared.model.causal:
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
+    exported = folder.with_name(f"{folder.name}-{to}")
+    if to is not None:
+        check(Model.planned(prepared.checkpoint, prepared.model.model, prepared.plan), to)
+        check_usable(exported, overwrite=overwrite)
     if dry_run:
         _print_plan(prepared.plan, as_json)
         return
     # Before the work, so that a text that cannot be used is not found out after it.
-    evaluation = text and _evaluation_windows(model, text, "documents", None, None, trust_remote_code)
+    evaluation = text and api.evaluation_windows(model, text, "documents", None, None, trust_remote_code)
     start = time.monotonic()
     try:
-        with _progress_bar(as_json) as progress:
+        with progress_bar(as_json) as progress:
             manifest = pipeline.quantize(prepared, folder, overwrite=overwrite, progress=progress)
     except KeyboardInterrupt:
         notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
         raise
     summary = _summary(manifest, folder, time.monotonic() - start)
+    if to is not None:
+        said = export(folder, exported, to, overwrite=overwrite)
+        summary["export"] = {"output": str(exported), "to": to, "notes": said}
     if evaluation:
-        summary["evaluation"] = _measure(str(folder), model, *evaluation, "float32", trust_remote_code)
+        with progress_bar(False) as progress:
+            report = partial(progress, "evaluate")
+            measured = api.measure(str(folder), model, *evaluation, torch.float32, trust_remote_code, report)
+        summary["evaluation"] = measured
     _print_summary(summary, manifest, as_json)
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is None:
-        return None
-    if name not in known:
-        raise PlanError(f"dtype {name!r} is unknown: choose one of {', '.join(known)}")
-    return known[name]
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
@@ -195,10 +165,10 @@ def _print_plan(plan: Any, as_json: bool) -> None:
     for kept in plan.kept:
         out.print(f"kept dense: {kept.name}: {kept.reason}", highlight=False, markup=False, soft_wrap=True)
     out.print(
-        f"\nsize {_size(plan.bytes_before)} -> {_size(plan.bytes_after)} "
+        f"\nsize {size(plan.bytes_before)} -> {size(plan.bytes_after)} "
         f"({plan.bytes_before / plan.bytes_after:.2f}x), {plan.bits_per_weight:.3f} bits per quantized weight\n"
-        f"peak memory about {_size(plan.peak_memory)}, disk {_size(plan.bytes_after)}, "
-        f"time about {_duration(plan.seconds)}",
+        f"peak memory about {size(plan.peak_memory)}, disk {size(plan.bytes_after)}, "
+        f"time about {duration(plan.seconds)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -225,11 +195,14 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         out.print(f"kept dense: {kept['name']}: {kept['reason']}", highlight=False, markup=False, soft_wrap=True)
     before, after = summary["bytes_before"], summary["bytes_after"]
     out.print(
-        f"\n{summary['output']}: {_size(before)} -> {_size(after)} ({before / after:.2f}x), "
-        f"{summary['bits_per_weight']:.3f} bits per quantized weight, {_duration(summary['seconds'])}",
+        f"\n{summary['output']}: {size(before)} -> {size(after)} ({before / after:.2f}x), "
+        f"{summary['bits_per_weight']:.3f} bits per quantized weight, {duration(summary['seconds'])}",
         highlight=False,
         soft_wrap=True,
     )
+    if "export" in summary:
+        done = f"exported and verified: {summary['export']['output']}"
+        cli_exchange.print_export(done, summary["export"]["notes"])
     if "evaluation" in summary:
         _print_divergence(summary["evaluation"])
 
@@ -241,21 +214,6 @@ def _decisions(manifest: dict[str, Any]) -> str:
         for step in tensor.get("steps", []):
             taken.setdefault(step["name"], []).append(step["kept"])
     return ", ".join(f"{name} {sum(kept)} of {len(kept)}" for name, kept in taken.items())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # ---- eval
@@ -276,55 +234,16 @@ def evaluate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Perplexity of MODEL on a text and, with --reference, how far its predictions moved (KL divergence, in nats)."""
-    prepared = _evaluation_windows(model, text, protocol, window, max_windows, trust_remote_code)
-    found = _measure(model, reference, *prepared, dtype, trust_remote_code)
+    from llmquant import api
+
+    windows = api.evaluation_windows(model, text, protocol, window, max_windows, trust_remote_code)
+    with progress_bar(False) as progress:
+        report = partial(progress, "evaluate")
+        found = api.measure(model, reference, *windows, dtype_named(dtype), trust_remote_code, report)
     if as_json:
         print(json.dumps(found))
     else:
         _print_divergence(found)
-
-
-def _evaluation_windows(
-    model: str, source: str, protocol: str, window: int | None, max_windows: int | None, trust_remote_code: bool
-) -> tuple[Any, int]:
-    """Tokens (windows, length) of a text, and how large the vocabulary really is."""
-    from transformers import AutoConfig
-
-    from llmquant import text
-    from llmquant.checkpoint import Checkpoint, locate
-
-    folder = Checkpoint(locate(model)).folder
-    tokenizer = text.load_tokenizer(folder, trust_remote_code)
-    stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol)
-    length = text.window_length(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), window)
-    return text.windows(stream, length)[:max_windows], text.vocabulary_size(tokenizer)
-
-
-def _measure(
-    model: str, reference: str | None, windows: Any, vocabulary: int, dtype: str, trust_remote_code: bool
-) -> dict[str, Any]:
-    from llmquant import metrics
-
-    loaded = _load(model, dtype, trust_remote_code)
-    with _progress_bar(False) as progress:
-        report = partial(progress, "evaluate")
-        if reference is None:
-            return metrics.perplexity(loaded, windows, vocabulary=vocabulary, progress=report).to_dict()
-        original = _load(reference, dtype, trust_remote_code)
-        return metrics.divergence(original, loaded, windows, vocabulary=vocabulary, progress=report).to_dict()
-
-
-def _load(model: str, dtype: str, trust_remote_code: bool) -> Any:
-    import transformers
-
-    import llmquant.hf  # noqa: F401  (registers the loader)
-    from llmquant.checkpoint import locate
-
-    transformers.utils.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        locate(model), dtype=_dtype(dtype), trust_remote_code=trust_remote_code
-    )
-    return loaded.to(_default_device()).eval()
 
 
 def _print_divergence(found: dict[str, Any]) -> None:
@@ -351,7 +270,7 @@ def inspect(
 
     facts = inspection.manifest(folder)
     if verify:
-        with _progress_bar(as_json) as progress:
+        with progress_bar(as_json) as progress:
             problems = inspection.verify(folder, progress)
         if problems:
             more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
@@ -372,7 +291,7 @@ def inspect(
     out.print(table)
     before, after = facts["bytes_before"], facts["bytes_after"]
     out.print(
-        f"\n{facts['model']}: {_size(before)} -> {_size(after)}, "
+        f"\n{facts['model']}: {size(before)} -> {size(after)}, "
         f"{facts['bits_per_weight']:.3f} bits per quantized weight"
         + (f"; {len(facts['files'])} files and {len(facts['tensors'])} tensors verified" if verify else ""),
         highlight=False,
@@ -413,6 +332,9 @@ colons, in any order; scale types are fp16, bf16 and fp32, by default that of th
   ternary                  g<columns> | channel | tensor; opt | twn | absmean; scale type
   binary                   g<columns> | channel | tensor; scale type
   nvfp4, mx4, mx6, mx9     none"""
+
+for command in cli_exchange.COMMANDS:
+    app.command()(command)
 
 
 if __name__ == "__main__":

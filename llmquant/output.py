@@ -124,18 +124,58 @@ class OutputFolder:
 
         check: what must hold of the tensors as read back from disk; raises VerificationError; what it returns is noted.
         """
-        final, temporary = self.partial / name, self.partial / (name + ".tmp")
-        with _writing(self.partial, sum(t.nbytes for t in tensors.values())):
+
+        def write(temporary: Path) -> None:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
             shutil.copymode(self.partial / JOURNAL, temporary)  # safetensors writes for its owner's eyes only
+
+        need = sum(t.nbytes for t in tensors.values())
+        self.add(part, name, sorted(tensors), write, lambda path: check(_read_back(path, tensors)), need)
+
+    def link_shard(self, part: int, source: Path, names: list[str]) -> None:
+        """A shard whose bytes do not change: a hard link to `source`, or where the disk has none a copy.
+
+        names: of the tensors in it.
+        """
+
+        def write(temporary: Path) -> None:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source.resolve(), temporary)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(source, temporary)
+
+        def check(temporary: Path) -> dict[str, Any]:
+            if not temporary.samefile(source) and sha256(temporary) != sha256(source):
+                raise VerificationError(f"{temporary}: is not what {source} is: the disk is not to be trusted")
+            return {}
+
+        self.add(part, source.name, sorted(names), write, check, source.stat().st_size)
+
+    def add(
+        self,
+        part: int,
+        name: str,
+        tensors: list[str],
+        write: Callable[[Path], None],
+        check: Callable[[Path], dict[str, Any]],
+        need: int,
+    ) -> None:
+        """Let `write` write a file under a temporary name; sync, check, rename, note.
+
+        tensors: their names, for the index. check: raises VerificationError; what it returns is noted. need: bytes.
+        """
+        final, temporary = self.partial / name, self.partial / (name + ".tmp")
+        with _writing(self.partial, need):
+            write(temporary)
             _sync(temporary)
         digest = sha256(temporary)
-        noted = check(_read_back(temporary, tensors))
+        noted = check(temporary)
         with _writing(self.partial):
             temporary.rename(final)
             _sync(self.partial)
             record = {"part": part, "shard": name, "sha256": digest, "bytes": final.stat().st_size, **noted}
-            record["tensors"] = sorted(tensors)
+            record["tensors"] = tensors
             self._note(record)
         self.records[part] = record
 

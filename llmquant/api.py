@@ -1,0 +1,164 @@
+"""The Python interface: what the commands do, as functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import llmquant.hf  # noqa: F401  (registers the loader)
+from llmquant import metrics, pipeline, text
+from llmquant.checkpoint import Checkpoint, locate
+from llmquant.errors import PlanError
+from llmquant.recipe import QUALITIES, Recipe
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str | Recipe = "int4:g128",
+    quality: str = "balanced",
+    calibration: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: pipeline.Progress = pipeline.silent,
+) -> dict[str, Any]:
+    """Quantize a model into a folder that `llmquant.load` loads. Returns what the folder's llmquant.json says.
+
+    model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe;
+    quality: fast or balanced; calibration: "self" (the model's own samples), a file or a dataset id; samples, length:
+    windows and tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by default the
+    model's own; progress(what, done, total) is called now and then.
+
+    A run that was cut is taken up again by the same call. Raises the LlmquantError that says what is wrong, before any
+    work wherever that can be known.
+
+    >>> facts = llmquant.quantize(MODEL, OUTPUT / "int4", format="int4:g64", quality="fast")
+    >>> facts["bits_per_weight"], len(facts["tensors"])
+    (4.25260..., 42)
+
+    A recipe has rules by name, of which the first that matches counts:
+
+    >>> rules = [llmquant.Rule("*.down_proj", "int8:g128"), llmquant.Rule("*", "int4:g128")]
+    >>> facts = llmquant.quantize(MODEL, OUTPUT / "mixed", format=llmquant.Recipe(tuple(rules)), quality="fast")
+    >>> sorted({tensor["format"] for tensor in facts["tensors"]})
+    ['int4:g128:bf16', 'int8:g128:bf16']
+    """
+    rules = format if isinstance(format, Recipe) else Recipe.uniform(format)
+    shown = calibration_for(quality, calibration, samples, length, batch)
+    job = pipeline.Job(str(model), rules, shown, seed, device or default_device(), dtype, trust_remote_code)
+    torch.manual_seed(seed)
+    prepared = pipeline.prepare(job, Path(output), overwrite=overwrite)
+    return pipeline.quantize(prepared, Path(output), overwrite=overwrite, progress=progress)
+
+
+def export(source: str | Path, output: str | Path, to: str, *, overwrite: bool = False) -> list[str]:
+    """Write a quantized folder in the files of another tool, which that tool's own reader has checked.
+
+    to: compressed-tensors, gptq, gguf or dense. Returns notes for the user. Raises PlanError, naming the tensor, for
+    what the target cannot express.
+
+    >>> llmquant.quantize(MODEL, OUTPUT / "mxfp4", format="mxfp4", quality="fast")["bits_per_weight"]
+    4.25
+    >>> llmquant.export(OUTPUT / "mxfp4", OUTPUT / "dense", "dense")
+    []
+    """
+    from llmquant.exchange import export as exchange
+
+    return exchange.export(Path(source), Path(output), to, overwrite=overwrite)
+
+
+def calibration_for(
+    quality: str, source: str | None, samples: int | None, length: int | None, batch: int
+) -> pipeline.Calibration | None:
+    """What a preset shows to the model. Raises PlanError for one that is unknown."""
+    if quality not in QUALITIES:
+        raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
+    balanced = QUALITIES[quality]
+    if not balanced and source is None:
+        return None
+    return pipeline.Calibration(source or "self", samples or (128 if balanced else 16), length, batch, balanced)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def evaluate(
+    model: str | Path,
+    source: str,
+    *,
+    reference: str | Path | None = None,
+    protocol: str = "documents",
+    window: int | None = None,
+    max_windows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    progress: text.Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Perplexity of a model on a text and, with a reference, the KL divergence from it in nats.
+
+    source: a text, JSON, JSONL or parquet file, or a dataset id; window: tokens a window, by default 2048 or the
+    model's limit; max_windows: measure on the first ones only; dtype: of the activations.
+
+    >>> TEXT.write_text(Path(llmquant.__file__).parent.joinpath("hf.py").read_text()) > 0
+    True
+    >>> found = llmquant.evaluate(MODEL, str(TEXT), reference=MODEL, max_windows=2)
+    >>> found["kl_mean"], found["model"]["perplexity"] == found["reference"]["perplexity"]
+    (0.0, True)
+    """
+    windows, vocabulary = evaluation_windows(str(model), source, protocol, window, max_windows, trust_remote_code)
+    return measure(
+        str(model),
+        None if reference is None else str(reference),
+        windows,
+        vocabulary,
+        dtype,
+        trust_remote_code,
+        progress,
+    )
+
+
+def evaluation_windows(
+    model: str, source: str, protocol: str, window: int | None, max_windows: int | None, trust_remote_code: bool
+) -> tuple[torch.Tensor, int]:
+    """Tokens (windows, length) of a text, and how large the vocabulary really is."""
+    folder = Checkpoint(locate(model)).folder
+    tokenizer = text.load_tokenizer(folder, trust_remote_code)
+    stream = text.token_stream(tokenizer, text.read_documents(source), protocol=protocol)
+    length = text.window_length(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), window)
+    return text.windows(stream, length)[:max_windows], text.vocabulary_size(tokenizer)
+
+
+def measure(
+    model: str,
+    reference: str | None,
+    windows: torch.Tensor,
+    vocabulary: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    progress: text.Progress,
+) -> dict[str, Any]:
+    """As `evaluate`, on windows that are there."""
+    loaded = load_any(model, dtype, trust_remote_code)
+    if reference is None:
+        return metrics.perplexity(loaded, windows, vocabulary=vocabulary, progress=progress).to_dict()
+    original = load_any(reference, dtype, trust_remote_code)
+    return metrics.divergence(original, loaded, windows, vocabulary=vocabulary, progress=progress).to_dict()
+
+
+def load_any(model: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model, quantized or not, on the default device, to be run."""
+    transformers.utils.logging.disable_progress_bar()
+    loaded = AutoModelForCausalLM.from_pretrained(locate(model), dtype=dtype, trust_remote_code=trust_remote_code)
+    return loaded.to(default_device()).eval()

@@ -1,0 +1,76 @@
+"""Commands that hand a model on: generate, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmquant.cli_common import JsonOption, ModelArgument, TrustOption, dtype_named, notes, out, progress_bar
+
+FolderArgument = Annotated[Path, typer.Argument(help="A folder that quantize wrote.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")]
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="What the model continues, or with --chat answers.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random choices, where the temperature is above 0.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "bfloat16",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Let MODEL, quantized or not, continue PROMPT: text as it comes, then tokens per second."""
+    from llmquant import api, generation, text
+    from llmquant.checkpoint import locate
+
+    tokenizer = text.load_tokenizer(locate(model), trust_remote_code)
+    loaded = api.load_any(model, dtype_named(dtype), trust_remote_code)
+    written = generation.stream(
+        loaded,
+        tokenizer,
+        prompt,
+        write=lambda text: print(text, end="", flush=True),
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    print()
+    notes.print(written.summary(), highlight=False)
+
+
+def export(
+    folder: FolderArgument,
+    to: Annotated[str, typer.Option(help="compressed-tensors (vLLM, SGLang, transformers), gptq, gguf or dense.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write [FOLDER-TO].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that it can be done and stop.")] = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model in FOLDER in the files of another tool, whose own reader checks what was written."""
+    from llmquant.exchange import export as exchange
+    from llmquant.exchange.model import Model
+
+    target = output or folder.with_name(f"{folder.name}-{to}")
+    if dry_run:
+        said = exchange.check(Model.open(folder), to)
+    else:
+        with progress_bar(as_json) as progress:
+            said = exchange.export(folder, target, to, overwrite=overwrite, progress=progress)
+    if as_json:
+        print(json.dumps({"output": None if dry_run else str(target), "to": to, "notes": said}))
+        return
+    print_export(f"{folder} can be exported" if dry_run else f"exported and verified: {target}", said)
+
+
+def print_export(done: str, said: list[str]) -> None:
+    for line in [*said, done]:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+COMMANDS = (generate, export)
