@@ -198,13 +198,17 @@ class OutputFolder:
             _sync(temporary)
             temporary.rename(self.partial / name)
 
-    def finish(self, config: dict[str, Any], companions: list[Path], manifest: dict[str, Any]) -> None:
-        """Index, config, companions and, last, the manifest with every file's SHA-256; then the final name."""
+    def finish(self, config: dict[str, Any] | None, companions: list[Path], manifest: dict[str, Any]) -> None:
+        """Index, config, companions and, last, the manifest with every file's SHA-256; then the final name.
+
+        config None: the files say all themselves, and neither config nor index is written.
+        """
         records = [self.records[part] for part in sorted(self.records)]
         weight_map = {name: record["shard"] for record in records for name in record["tensors"]}
         total = sum(record["bytes"] for record in records)
-        self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        self.write_json("config.json", config)
+        if config is not None:
+            self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+            self.write_json("config.json", config)
         with _writing(self.partial):
             for path in companions:
                 shutil.copyfile(path, self.partial / path.name)

@@ -7,14 +7,15 @@ from types import ModuleType
 from typing import Any
 
 from llmquant.errors import PlanError
-from llmquant.exchange import compressed_tensors, dense, gptq
+from llmquant.exchange import compressed_tensors, dense, gguf, gptq
 from llmquant.exchange.model import Model, Progress
 from llmquant.output import OutputFolder, check_usable
 from llmquant.version import __version__
 
 # Each has check(model), which refuses by name what the target cannot express and returns notes for the user, and
-# write(model, folder, progress), which writes and verifies all files but config.json, and returns that.
-TARGETS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "dense": dense}
+# write(model, folder, progress), which writes and verifies all files but config.json, and returns that, or
+# None where the files need none, nor those of the tokenizer.
+TARGETS: dict[str, ModuleType] = {"compressed-tensors": compressed_tensors, "gptq": gptq, "gguf": gguf, "dense": dense}
 
 
 def target_named(to: str) -> ModuleType:
@@ -46,7 +47,8 @@ def export(
     settings = {"llmquant": __version__, "export": to, "source": model.checkpoint.fingerprint()}
     with OutputFolder(output, settings, overwrite=overwrite) as folder:
         config = target_named(to).write(model, folder, progress)
-        folder.finish(config, model.checkpoint.companions(), _manifest(model, to))
+        companions = [] if config is None else model.checkpoint.companions()
+        folder.finish(config, companions, _manifest(model, to))
     return notes
 
 

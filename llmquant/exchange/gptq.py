@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import PlanError, VerificationError
-from llmquant.exchange.model import Matrix, Model, Progress
+from llmquant.exchange.model import Matrix, Model, Progress, as_float16
 from llmquant.formats import packing
 from llmquant.formats.base import Grid
 from llmquant.formats.integer import Integer
@@ -71,13 +71,7 @@ def _converted(matrix: Matrix, stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def pack(fmt: Integer, codes: Tensor, grid: Grid, name: str) -> dict[str, Tensor]:
     """Codes (out, in) and grid as the layout's tensors. Raises PlanError for a scale that float16 cannot hold."""
-    scales = grid.scale.half()
-    if not torch.equal(scales.float(), grid.scale):
-        row, group = (scales.float() != grid.scale).nonzero()[0].tolist()
-        raise PlanError(
-            f"{name}: the scale {grid.scale[row, group].item():.9g} of row {row}, group {group} is no float16, which "
-            f"GPTQ's files hold: quantize to int{fmt.bits}:...:fp16"
-        )
+    scales = as_float16(grid.scale, name, "GPTQ's files")
     middle = 2 ** (fmt.bits - 1)
     unsigned = fmt.element.stored(codes)
     zeros = torch.full_like(grid.scale, middle) if grid.zero is None else grid.zero

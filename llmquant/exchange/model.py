@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmquant import formats, inspection
 from llmquant.checkpoint import Checkpoint
-from llmquant.errors import CheckpointError
+from llmquant.errors import CheckpointError, PlanError
 from llmquant.formats import Format
 from llmquant.matrices import Target, class_named, target_of
 from llmquant.output import OutputFolder
@@ -157,3 +157,15 @@ def empty(folder: Path, config: dict[str, Any]) -> nn.Module:
     parsed = AutoConfig.for_model(**{**config, "model_type": config["model_type"]})
     with init_empty_weights(include_buffers=False):
         return known._from_config(parsed) if known else AutoModelForCausalLM.from_config(parsed)
+
+
+def as_float16(values: Tensor, name: str, where: str) -> Tensor:
+    """Scales or offsets (out, groups) in float16. Raises PlanError naming the first that would change."""
+    found = values.half()
+    if not torch.equal(found.float(), values):
+        row, group = (found.float() != values).nonzero()[0].tolist()
+        raise PlanError(
+            f"{name}: {values[row, group].item():.9g}, the scale or offset of row {row}, group {group}, is no float16, "
+            f"which {where} hold: quantize with scales in fp16"
+        )
+    return found
