@@ -19,7 +19,7 @@ from llmquant.version import __version__
 
 if TYPE_CHECKING:
     from llmquant import formats, metrics
-    from llmquant.api import evaluate, export, quantize
+    from llmquant.api import convert, evaluate, export, quantize
     from llmquant.hf import explain, load
     from llmquant.recipe import Recipe, Rule
 
@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "__version__",
+    "convert",
     "evaluate",
     "explain",
     "export",
@@ -40,7 +41,7 @@ __all__ = [
 # Public name -> the module that has it, imported when the name is first used.
 _WHERE = {
     **dict.fromkeys(("explain", "load"), "llmquant.hf"),
-    **dict.fromkeys(("evaluate", "export", "quantize"), "llmquant.api"),
+    **dict.fromkeys(("convert", "evaluate", "export", "quantize"), "llmquant.api"),
     **dict.fromkeys(("Recipe", "Rule"), "llmquant.recipe"),
 }
 _MODULES = ("formats", "metrics")

@@ -78,6 +78,22 @@ def export(source: str | Path, output: str | Path, to: str, *, overwrite: bool =
     return exchange.export(Path(source), Path(output), to, overwrite=overwrite)
 
 
+def convert(source: str | Path, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Turn a checkpoint of compressed-tensors or GPTQ into a folder that `llmquant.load` loads, value for value.
+
+    source: a folder or a hub id. Returns what the folder's llmquant.json says. Raises PlanError, naming the module,
+    for what no format here can hold.
+
+    >>> facts = llmquant.quantize(MODEL, OUTPUT / "nvfp4", format="nvfp4", quality="fast")
+    >>> notes = llmquant.export(OUTPUT / "nvfp4", OUTPUT / "for-vllm", "compressed-tensors")
+    >>> llmquant.convert(OUTPUT / "for-vllm", OUTPUT / "back")["tensors"][0]["format"]
+    'nvfp4'
+    """
+    from llmquant.exchange import convert as exchange
+
+    return exchange.convert(str(source), Path(output), overwrite=overwrite)
+
+
 def calibration_for(
     quality: str, source: str | None, samples: int | None, length: int | None, batch: int
 ) -> pipeline.Calibration | None:

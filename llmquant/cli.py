@@ -107,7 +107,7 @@ def quantize(
 
     from llmquant import api, pipeline
     from llmquant.exchange.export import check, export
-    from llmquant.exchange.model import Model
+    from llmquant.exchange.model import Matrix, Model
     from llmquant.output import check_usable
     from llmquant.recipe import Recipe
 
@@ -126,7 +126,8 @@ def quantize(
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     exported = folder.with_name(f"{folder.name}-{to}")
     if to is not None:
-        check(Model.planned(prepared.checkpoint, prepared.model.model, prepared.plan), to)
+        matrices = tuple(Matrix(row.target, row.key, row.format) for row in prepared.plan.rows)
+        check(Model(prepared.checkpoint, prepared.checkpoint.config(), prepared.model.model, matrices), to)
         check_usable(exported, overwrite=overwrite)
     if dry_run:
         _print_plan(prepared.plan, as_json)
@@ -285,7 +286,7 @@ def inspect(
             "x".join(map(str, tensor["shape"])),
             tensor["format"],
             f"{tensor['bits_per_weight']:.3f}",
-            f"{tensor['error']:.4f}",
+            f"{tensor['error']:.4f}" if "error" in tensor else "-",
             f"{tensor['output_error']:.4f}" if "output_error" in tensor else "-",
         )
     out.print(table)

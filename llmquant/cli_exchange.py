@@ -1,4 +1,4 @@
-"""Commands that hand a model on: generate, export."""
+"""Commands that hand a model on: generate, export, convert."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmquant.cli_common import JsonOption, ModelArgument, TrustOption, dtype_named, notes, out, progress_bar
+from llmquant.cli_common import JsonOption, ModelArgument, TrustOption, dtype_named, notes, out, progress_bar, size
 
 FolderArgument = Annotated[Path, typer.Argument(help="A folder that quantize wrote.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")]
@@ -73,4 +73,24 @@ def print_export(done: str, said: list[str]) -> None:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-COMMANDS = (generate, export)
+def convert(
+    model: ModelArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write [MODEL-llmquant].")] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn MODEL, in the files of compressed-tensors or GPTQ, into a folder of llmquant's, value for value."""
+    from llmquant.exchange import convert as exchange
+
+    target = output or Path(f"{Path(model).name}-llmquant")
+    with progress_bar(as_json) as progress:
+        facts = exchange.convert(model, target, overwrite=overwrite, progress=progress)
+    if as_json:
+        print(json.dumps({"output": str(target), **facts}))
+        return
+    formats = ", ".join(sorted({tensor["format"] for tensor in facts["tensors"]}))
+    done = f"{target}: {len(facts['tensors'])} matrices in {formats}, {size(facts['bytes_after'])}"
+    out.print(done, highlight=False, markup=False, soft_wrap=True)
+
+
+COMMANDS = (generate, export, convert)

@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmquant import formats as registry
+from llmquant.checkpoint import Checkpoint, locate
 from llmquant.errors import CheckpointError, PlanError, VerificationError
 from llmquant.formats import Format, TensorSpec
 from llmquant.linear import QuantConv, QuantLinear, QuantModule
@@ -122,7 +123,7 @@ def register() -> None:
 
 
 def load(model: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """The quantized model in a folder, or of a hub id, in eval mode.
+    """The quantized model in a folder, or of a hub id, in eval mode: llmquant's, or one of compressed-tensors.
 
     Its class is the one that config.json names. kwargs: as from_pretrained takes them, such as device_map and dtype.
     Raises CheckpointError where there is no llmquant model, VerificationError where the model is incomplete.
@@ -136,13 +137,29 @@ def load(model: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     if not config:
         raise CheckpointError(f"{model}: no model here: it has no config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
-    if method != METHOD:
+    if method == "compressed-tensors":
+        kwargs["config"] = _in_our_words(model, kwargs.pop("trust_remote_code", False))
+    elif method != METHOD:
         found = f"its quant_method is {method}" if method else "it is not quantized"
+        if method == "gptq":
+            raise CheckpointError(f"{model}: GPTQ's files are loaded after `llmquant convert`, which keeps every value")
         raise CheckpointError(f"{model}: {found}: load it with transformers, or quantize it with llmquant first")
     # Without offload_buffers a layer mapped to the CPU or the disk would keep its quantized weight on the GPU.
     kwargs = {"use_safetensors": True, "offload_buffers": True, **kwargs}
     named = None if "auto_map" in config else class_named(config.get("architectures"))
     return (named or AutoModelForCausalLM).from_pretrained(model, **kwargs)
+
+
+def _in_our_words(model: str | os.PathLike[str], trust_remote_code: bool) -> Any:
+    """The config of a folder of compressed-tensors, whose bytes are those of our formats, as llmquant writes it."""
+    from transformers import AutoConfig
+
+    from llmquant.exchange import foreign
+
+    folder = locate(str(model))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config.quantization_config = foreign.quantization_config(foreign.read(Checkpoint(folder))[1])
+    return config
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:

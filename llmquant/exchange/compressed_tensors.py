@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant import formats
 from llmquant.errors import PlanError, VerificationError
 from llmquant.exchange.extras import extra
 from llmquant.exchange.model import Matrix, Model, Progress
-from llmquant.formats import Format
+from llmquant.formats import Format, options
 from llmquant.formats.floating import FP8, SIDE
 from llmquant.formats.integer import Integer
 from llmquant.formats.mx import BLOCK as MX_BLOCK
@@ -26,6 +27,7 @@ from llmquant.formats.nvfp4 import NVFP4
 from llmquant.output import OutputFolder
 
 METHOD = "compressed-tensors"
+MX_NAMES = {4: "mxfp4", 6: "mxfp6_e2m3", 8: "mxfp8_e4m3"}
 
 
 def arguments(fmt: Format) -> dict[str, Any]:
@@ -44,6 +46,26 @@ def arguments(fmt: Format) -> dict[str, Any]:
         return {**found, "group_size": NVFP4_BLOCK, **scale}
     assert isinstance(fmt, FP8), fmt.spec
     return {**found, "num_bits": 8, **({"block_structure": [SIDE, SIDE]} if granularity == "block" else {})}
+
+
+def format_of(arguments: dict[str, Any], scale: torch.dtype) -> Format:
+    """The format of weights with these QuantizationArgs and scales of this type. Raises PlanError: there is none."""
+    kind, bits, strategy = arguments.get("type", "int"), arguments.get("num_bits", 8), arguments.get("strategy")
+    group = arguments.get("group_size")
+    if strategy is None:
+        strategy = "group" if group else "tensor"
+    granularity = f"g{group}" if strategy == "group" else strategy
+    if kind == "int" and strategy in ("group", "channel") and bits in range(2, 9):
+        convention = None if arguments.get("symmetric", True) else "asym"
+        return formats.get(options.spec(f"int{bits}", granularity, convention, scale))
+    if kind == "float" and scale == torch.uint8 and group == MX_BLOCK and bits in MX_NAMES:
+        return formats.get(MX_NAMES[bits])
+    if kind == "float" and (bits, strategy, group) == (4, "tensor_group", NVFP4_BLOCK):
+        return formats.get("nvfp4")
+    sides = list(arguments.get("block_structure") or [SIDE, SIDE])
+    if kind == "float" and bits == 8 and strategy in ("channel", "tensor", "block") and sides == [SIDE, SIDE]:
+        return formats.get(options.spec("fp8_e4m3", strategy, None if scale == torch.float32 else scale))
+    raise PlanError(f"no format here has weights of {arguments} with scales of {scale}")
 
 
 # ---- export

@@ -86,9 +86,22 @@ def pack(fmt: Integer, codes: Tensor, grid: Grid, name: str) -> dict[str, Tensor
 def unpack(named: dict[str, Tensor], bits: int, *, first_version: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (out, in), zero points (out, groups) and scales (out, groups), all float32, bit by bit."""
     codes = _bits(named["qweight"].T.contiguous(), bits)
-    zeros = _bits(named["qzeros"], bits).T + (1 if first_version else 0)
-    scales = named["scales"].T.float()
-    return codes[:, : len(named["g_idx"])], zeros[: len(scales)], scales
+    return codes, zero_points(named, bits, first_version=first_version), named["scales"].T.float()
+
+
+def zero_points(named: dict[str, Tensor], bits: int, *, first_version: bool) -> Tensor:
+    """(out, groups) float32"""
+    zeros = _bits(named["qzeros"], bits).T[: named["scales"].shape[1]]
+    return zeros + 1 if first_version else zeros
+
+
+def repacked(fmt: Integer, codes: Tensor, zeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """What `unpack` returns as the tensors of an integer format with the convention sym_full or asym."""
+    group = fmt.granularity if isinstance(fmt.granularity, int) else codes.shape[1]
+    signed = fmt.convention == "sym_full"
+    shifted = codes - 2 ** (fmt.bits - 1) if signed else codes
+    grid = Grid(scales.contiguous(), None if signed else zeros.contiguous(), group)
+    return fmt.pack(shifted.to(fmt.element.code_dtype), grid)
 
 
 def _bits(words: Tensor, bits: int) -> Tensor:

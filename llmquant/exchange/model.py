@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from llmquant.errors import CheckpointError, PlanError
 from llmquant.formats import Format
 from llmquant.matrices import Target, class_named, target_of
 from llmquant.output import OutputFolder
-from llmquant.plan import Plan
 
 Progress = Callable[[str, int, int], None]
 
@@ -30,6 +29,7 @@ class Matrix:
     target: Target
     key: str
     format: Format
+    suffixes: tuple[str, ...] = ()  # of its tensors in the checkpoint, where that is not the format's own
 
     @property
     def base(self) -> str:
@@ -38,7 +38,7 @@ class Matrix:
 
     @property
     def names(self) -> list[str]:
-        return [self.base + suffix for suffix in self.format.layout(self.target.shape)]
+        return [self.base + suffix for suffix in self.suffixes or self.format.layout(self.target.shape)]
 
     @property
     def plain(self) -> bool:
@@ -65,7 +65,7 @@ class Model:
     config: dict[str, Any]
     skeleton: nn.Module
     matrices: tuple[Matrix, ...]
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Model:
@@ -82,12 +82,6 @@ class Model:
             assert target is not None, tensor["name"]
             matrices.append(Matrix(target, tensor["key"], formats.get(tensor["format"])))
         return cls(checkpoint, config, skeleton, tuple(matrices), facts)
-
-    @classmethod
-    def planned(cls, checkpoint: Checkpoint, skeleton: nn.Module, plan: Plan) -> Model:
-        """The model that a run will write."""
-        matrices = tuple(Matrix(row.target, row.key, row.format) for row in plan.rows)
-        return cls(checkpoint, checkpoint.config(), skeleton, matrices, {})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,10 +122,11 @@ class Model:
         convert: Callable[[Matrix, dict[str, Tensor]], dict[str, Tensor]],
         verify: Callable[[Matrix, dict[str, Tensor], dict[str, Tensor]], None],
         progress: Progress,
+        dropped: frozenset[str] = frozenset(),
     ) -> None:
         """Write every shard with `convert(matrix, stored tensors)` in place of what the matrices are stored as.
 
-        verify(matrix, stored tensors, tensors as read back) raises VerificationError.
+        verify(matrix, stored tensors, tensors as read back) raises VerificationError. dropped: tensors to leave out.
         """
         shards = list(self.shards())
         for part, (file, dense, matrices) in enumerate(shards):
@@ -139,7 +134,7 @@ class Model:
             if part in folder.records:
                 continue
             stored = self.checkpoint.tensors([name for matrix in matrices for name in matrix.names])
-            tensors = self.checkpoint.tensors(dense)
+            tensors = {name: tensor for name, tensor in self.checkpoint.tensors(dense).items() if name not in dropped}
             for matrix in matrices:
                 tensors |= convert(matrix, stored)
 
