@@ -202,8 +202,8 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         soft_wrap=True,
     )
     if "export" in summary:
-        done = f"exported and verified: {summary['export']['output']}"
-        cli_exchange.print_export(done, summary["export"]["notes"])
+        exported = summary["export"]
+        cli_exchange.print_lines([*exported["notes"], f"exported and verified: {exported['output']}"])
     if "evaluation" in summary:
         _print_divergence(summary["evaluation"])
 

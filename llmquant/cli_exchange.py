@@ -65,11 +65,11 @@ def export(
     if as_json:
         print(json.dumps({"output": None if dry_run else str(target), "to": to, "notes": said}))
         return
-    print_export(f"{folder} can be exported" if dry_run else f"exported and verified: {target}", said)
+    print_lines([*said, f"{folder} can be exported" if dry_run else f"exported and verified: {target}"])
 
 
-def print_export(done: str, said: list[str]) -> None:
-    for line in [*said, done]:
+def print_lines(lines: list[str]) -> None:
+    for line in lines:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -90,7 +90,7 @@ def convert(
         return
     formats = ", ".join(sorted({tensor["format"] for tensor in facts["tensors"]}))
     done = f"{target}: {len(facts['tensors'])} matrices in {formats}, {size(facts['bytes_after'])}"
-    out.print(done, highlight=False, markup=False, soft_wrap=True)
+    print_lines([*facts["notes"], done])
 
 
 COMMANDS = (generate, export, convert)

@@ -120,6 +120,13 @@ def test_layers_that_vllm_fuses_and_that_differ_are_noted(quantized: Make, tmp_p
     assert notes[0].startswith("model.layers.2.self_attn: q_proj, k_proj, v_proj differ in format")
 
 
+@pytest.mark.parametrize(("kind", "note"), [("int4:g64:asym", "zero points"), ("fp8_e4m3:channel", "casts its scales")])
+def test_what_only_some_readers_take_is_noted(kind: str, note: str, quantized: Make, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    (said,) = llmquant.export(quantized(kind), tmp_path / "out", "compressed-tensors")
+    assert note in said
+
+
 def test_another_reading_is_refused(quantized: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("compressed_tensors")
     real = compressed_tensors.decoded
@@ -205,7 +212,6 @@ REFUSALS = [
     ("compressed-tensors", "nf4:g64", "self_attn.q_proj: compressed-tensors cannot hold it: it has no nf4:g64"),
     ("compressed-tensors", "int4:tensor", "self_attn.q_proj: compressed-tensors cannot hold it: its integers have"),
     ("compressed-tensors", "int4:g96", "self_attn.q_proj: compressed-tensors cannot hold it: its 128 inputs"),
-    ("compressed-tensors", "int4:g64:asym", "self_attn.q_proj: compressed-tensors cannot hold it: its own loader"),
     ("compressed-tensors", "int4:g64:fp32", "self_attn.q_proj: compressed-tensors cannot hold it: its scales are"),
     (
         "gptq",

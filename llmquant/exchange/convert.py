@@ -113,6 +113,7 @@ def _manifest(model: Model, method: str, source: str) -> dict[str, Any]:
         "versions": {"llmquant": __version__, "torch": torch.__version__},
         "model": Path(source).name if Path(source).is_dir() else source,
         "settings": {"convert": method},
+        "notes": foreign.notes(model),
         "bits_per_weight": 8 * stored / weights,
         "bytes_before": before,
         "bytes_after": before - sum(model.checkpoint.nbytes(name) for name in old) + stored,

@@ -70,6 +70,14 @@ def _compressed_tensors(checkpoint: Checkpoint, quantization: dict[str, Any], sk
         yield matrix
 
 
+def notes(model: Model) -> list[str]:
+    """What a user should know of a model that was read."""
+    groups = (model.checkpoint.config().get("quantization_config") or {}).get("config_groups", {}).values()
+    if any(group.get("input_activations") for group in groups):
+        return ["the checkpoint also asks for quantized activations, which stay as they are here"]
+    return []
+
+
 def _group(name: str, module: nn.Module, quantization: dict[str, Any]) -> dict[str, Any]:
     for group in quantization["config_groups"].values():
         if any(_matches(name, module, target) for target in group["targets"]):
