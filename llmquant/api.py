@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import llmquant.hf  # noqa: F401  (registers the loader)
 from llmquant import metrics, pipeline, text
 from llmquant.checkpoint import Checkpoint, locate
+from llmquant.description import describe
 from llmquant.errors import PlanError
 from llmquant.recipe import QUALITIES, Recipe
 
@@ -30,6 +31,7 @@ def quantize(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    report: bool = True,
     trust_remote_code: bool = False,
     progress: pipeline.Progress = pipeline.silent,
 ) -> dict[str, Any]:
@@ -38,7 +40,8 @@ def quantize(
     model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe;
     quality: fast or balanced; calibration: "self" (the model's own samples), a file or a dataset id; samples, length:
     windows and tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by default the
-    model's own; progress(what, done, total) is called now and then.
+    model's own; report: whether README.md and report.html are written; progress(what, done, total) is called now
+    and then.
 
     A run that was cut is taken up again by the same call. Raises the LlmquantError that says what is wrong, before any
     work wherever that can be known.
@@ -59,7 +62,10 @@ def quantize(
     job = pipeline.Job(str(model), rules, shown, seed, device or default_device(), dtype, trust_remote_code)
     torch.manual_seed(seed)
     prepared = pipeline.prepare(job, Path(output), overwrite=overwrite)
-    return pipeline.quantize(prepared, Path(output), overwrite=overwrite, progress=progress)
+    manifest = pipeline.quantize(prepared, Path(output), overwrite=overwrite, progress=progress)
+    if report:
+        describe(Path(output))
+    return manifest
 
 
 def export(source: str | Path, output: str | Path, to: str, *, overwrite: bool = False) -> list[str]:

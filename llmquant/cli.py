@@ -106,6 +106,7 @@ def quantize(
     from transformers.utils import logging
 
     from llmquant import api, pipeline
+    from llmquant.description import describe
     from llmquant.exchange.export import check, export
     from llmquant.exchange.model import Matrix, Model
     from llmquant.output import check_usable
@@ -150,6 +151,7 @@ def quantize(
             report = partial(progress, "evaluate")
             measured = api.measure(str(folder), model, *evaluation, torch.float32, trust_remote_code, report)
         summary["evaluation"] = measured
+    describe(folder, summary.get("evaluation"))
     _print_summary(summary, manifest, as_json)
 
 

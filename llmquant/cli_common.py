@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llmquant.card import size as size
 from llmquant.errors import PlanError
 
 out = Console()
@@ -54,14 +55,6 @@ def dtype_named(name: str | None) -> Any:
     if name not in known:
         raise PlanError(f"dtype {name!r} is unknown: choose one of {', '.join(known)}")
     return known[name]
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def duration(seconds: float) -> str:

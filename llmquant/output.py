@@ -192,11 +192,7 @@ class OutputFolder:
         return tensors
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self.partial / (name + ".tmp")
-        with _writing(self.partial):
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            _sync(temporary)
-            temporary.rename(self.partial / name)
+        replace_text(self.partial / name, json.dumps(content, indent=2) + "\n")
 
     def finish(self, config: dict[str, Any] | None, companions: list[Path], manifest: dict[str, Any]) -> None:
         """Index, config, companions and, last, the manifest with every file's SHA-256; then the final name.
@@ -226,6 +222,16 @@ class OutputFolder:
                 shutil.rmtree(self.output)  # empty, or an older result that --overwrite gave up
             self.partial.rename(self.output)
             _sync(self.output.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name; sync; rename. Raises OutputError."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _writing(path.parent):
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.rename(path)
+        _sync(path.parent)
 
 
 def check_usable(output: Path, *, overwrite: bool) -> None:
