@@ -33,12 +33,14 @@ def _axes(name: str, height: float) -> Iterator[tuple[Any, Any, list[str]]]:
         drawn.append(svg[svg.index("<svg") :])
 
 
-def heat_map(name: str, rows: Sequence[str], values: Sequence[Sequence[float | None]], label: str) -> str:
-    """values[row][block]; None where there is nothing."""
+def heat_map(name: str, rows: Sequence[str], values: Sequence[Sequence[float | None]], top: float | None) -> str:
+    """values[row][block]; None where there is nothing. top: the colours go from 0 to this; None: as the values do."""
     with _axes(name, 1.0 + 0.24 * len(rows)) as (figure, axes, drawn):
         blocks = len(values[0])
         numbers = [[float("nan") if value is None else value for value in row] for row in values]
-        shown = axes.pcolormesh(numbers, cmap="viridis", edgecolors="white", linewidth=0.6)
+        shown = axes.pcolormesh(
+            numbers, cmap="viridis", edgecolors="white", linewidth=0.6, vmin=None if top is None else 0, vmax=top
+        )
         axes.set_yticks([place + 0.5 for place in range(len(rows))], rows)
         step = max(1, blocks // 8)
         axes.set_xticks([place + 0.5 for place in range(0, blocks, step)], range(0, blocks, step))
@@ -47,7 +49,7 @@ def heat_map(name: str, rows: Sequence[str], values: Sequence[Sequence[float | N
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        figure.colorbar(shown, ax=axes, label=label, pad=0.02)
+        figure.colorbar(shown, ax=axes, pad=0.02)
     return drawn[0]
 
 

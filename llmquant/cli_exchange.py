@@ -1,14 +1,24 @@
-"""Commands that hand a model on: generate, export, convert."""
+"""Commands that hand a model on: generate, export, convert, compare."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from llmquant.cli_common import JsonOption, ModelArgument, TrustOption, dtype_named, notes, out, progress_bar, size
+from llmquant.cli_common import (
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    TrustOption,
+    dtype_named,
+    notes,
+    out,
+    progress_bar,
+    size,
+)
 
 FolderArgument = Annotated[Path, typer.Argument(help="A folder that quantize wrote.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")]
@@ -93,4 +103,42 @@ def convert(
     print_lines([*facts["notes"], done])
 
 
-COMMANDS = (generate, export, convert)
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Folders that quantize wrote.")],
+    reference: Annotated[str, typer.Option(help="The unquantized model.")],
+    text: TextOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("compare.html"),
+    prompt: Annotated[str | None, typer.Option(help="What all continue [the first words of the text].")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a window [2048, or the model's limit].")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Measure on the first windows only.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "float32",
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """One page about several MODELS: perplexity and KL against bits, and what they write, side by side."""
+    from llmquant import api, comparison
+    from llmquant import text as texts
+    from llmquant.checkpoint import locate
+    from llmquant.output import replace_text
+
+    folders = {name: locate(name) for name in (reference, *models)}
+    windows, vocabulary = api.evaluation_windows(reference, text, "documents", window, max_windows, trust_remote_code)
+    tokenizer = texts.load_tokenizer(folders[reference], trust_remote_code)
+    start = prompt or tokenizer.decode(windows[0, :24].tolist(), skip_special_tokens=True)
+
+    def load(name: str) -> Any:
+        return api.load_any(name, dtype_named(dtype), trust_remote_code)
+
+    with progress_bar(as_json) as progress:
+        found = comparison.compare(
+            folders, reference, load, tokenizer, windows, vocabulary, prompt=start, progress=progress
+        )
+    replace_text(output, comparison.page(found, start, comparison.token_count(windows)))
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in found]))
+        return
+    print_lines([f"{entry.name}: perplexity {entry.perplexity:.4g}, KL {entry.kl or 0:.5f}" for entry in found])
+    print_lines([f"page: {output}"])
+
+
+COMMANDS = (generate, export, convert, compare)

@@ -20,7 +20,8 @@ p { max-width: 46rem; } .tiles, .charts { display: grid; gap: .75rem; }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); align-items: start; }
 .tile, figure { background: #fff; border: 1px solid #e2e8f0; border-radius: 8px; margin: 0; padding: .75rem; }
-.tile b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; } .tile span { color: #64748b; }
+.tile b { display: block; font-size: 1.25rem; overflow-wrap: anywhere; }
+.tile b { font-variant-numeric: tabular-nums; } .tile span { color: #64748b; }
 figcaption { font-weight: 600; margin-bottom: .25rem; overflow-wrap: anywhere; }
 figure svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; background: #fff; }
@@ -40,14 +41,12 @@ def page(facts: dict[str, Any]) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         _tiles(facts),
-        _section("Where the error lies", _charts(lambda: list(_maps(facts["tensors"])))),
+        _section("Where the error lies", drawn(lambda: list(_maps(facts["tensors"])))),
         _section("Steps of the solver", _decisions(facts["tensors"])),
         _section("Calibration", _coverage(facts)),
-        _section("The worst matrices, before and after", _charts(lambda: list(_histograms(facts)))),
+        _section("The worst matrices, before and after", drawn(lambda: list(_histograms(facts)))),
         _section("Measured", _evaluation(facts.get("evaluation"))),
-        _section(
-            "Kept as they are", _table(["module", "why"], [[k["name"], k["reason"]] for k in facts["kept_dense"]])
-        ),
+        _section("Kept as they are", table(["module", "why"], [[k["name"], k["reason"]] for k in facts["kept_dense"]])),
         _section("All matrices", f"<details><summary>{len(facts['tensors'])}</summary>{_all(facts)}</details>"),
         _section("Do it again", f"<pre>{escape(command(facts))}</pre>" + _settings(facts)),
     ]
@@ -68,7 +67,7 @@ def tile(value: str, what: str) -> str:
     return f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Numbers to the right. Nothing for no rows."""
     if not rows:
         return ""
@@ -83,16 +82,13 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-table = _table
-
-
-def _charts(draw: Callable[[], list[tuple[str, str]]]) -> str:
+def drawn(draw: Callable[[], list[tuple[str, str]]]) -> str:
     """draw() -> captions and pictures."""
     return figures(draw()) if find_spec("matplotlib") else NO_CHARTS
 
 
-def figures(drawn: list[tuple[str, str]]) -> str:
-    found = "".join(f"<figure><figcaption>{escape(text)}</figcaption>{svg}</figure>" for text, svg in drawn)
+def figures(pictures: list[tuple[str, str]]) -> str:
+    found = "".join(f"<figure><figcaption>{escape(text)}</figcaption>{svg}</figure>" for text, svg in pictures)
     return f'<div class="charts">{found}</div>' if found else ""
 
 
@@ -119,7 +115,7 @@ def _maps(tensors: list[dict[str, Any]]) -> Iterable[tuple[str, str]]:
     for key, label in kinds.items():
         rows, values = _by_block(tensors, key)
         if rows:
-            yield label, charts.heat_map(key, rows, values, label)
+            yield label, charts.heat_map(key, rows, values, 8.0 if key == "bits_per_weight" else None)
 
 
 def _by_block(tensors: list[dict[str, Any]], key: str) -> tuple[list[str], list[list[float | None]]]:
@@ -145,8 +141,7 @@ def _decisions(tensors: list[dict[str, Any]]) -> str:
     counts = [sum(some) for some in kept.values()]
     lost = [len(some) - count for some, count in zip(kept.values(), counts, strict=True)]
     said = "<p>Every step was judged on calibration tokens held out, and taken back where it lost.</p>"
-    drawn = _charts(lambda: [("steps kept and taken back", charts.bars("steps", list(kept), counts, lost))])
-    return said + drawn
+    return said + drawn(lambda: [("steps kept and taken back", charts.bars("steps", list(kept), counts, lost))])
 
 
 def _coverage(facts: dict[str, Any]) -> str:
@@ -155,10 +150,11 @@ def _coverage(facts: dict[str, Any]) -> str:
         return "<p>None: the weights alone were read.</p>"
     least = sorted(seen, key=lambda tensor: tensor["tokens"])
     dropped = sum(tensor.get("dropped", 0) for tensor in seen)
-    said = f"<p>Each matrix saw {least[0]['tokens']:,} to {least[-1]['tokens']:,} tokens"
+    ends = [f"{tensor['tokens']:,}" for tensor in (least[0], least[-1])]
+    said = f"<p>Each matrix saw {' to '.join(dict.fromkeys(ends))} tokens"
     said += f"; {dropped:,} rows of activations that were not finite were left out.</p>" if dropped else ".</p>"
     few = [tensor for tensor in least if tensor["tokens"] < least[-1]["tokens"] / 4][:20]
-    return said + _table(["matrices that saw few tokens", "tokens"], [[t["name"], t["tokens"]] for t in few])
+    return said + table(["matrices that saw few tokens", "tokens"], [[t["name"], t["tokens"]] for t in few])
 
 
 def _histograms(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -174,7 +170,7 @@ def _evaluation(measured: dict[str, Any] | None) -> str:
     for side in ("model", "reference"):
         if side in measured:
             flat[f"{side} perplexity"] = measured[side]["perplexity"]
-    return _table(["measure", "value"], [[key.replace("_", " "), value] for key, value in flat.items()])
+    return table(["measure", "value"], [[key.replace("_", " "), value] for key, value in flat.items()])
 
 
 def _all(facts: dict[str, Any]) -> str:
@@ -189,10 +185,10 @@ def _all(facts: dict[str, Any]) -> str:
         ]
         for tensor in facts["tensors"]
     ]
-    return _table(["matrix", "shape", "format", "bits", "error", "output error"], rows)
+    return table(["matrix", "shape", "format", "bits", "error", "output error"], rows)
 
 
 def _settings(facts: dict[str, Any]) -> str:
     rows = [[key, json.dumps(value)] for key, value in facts["settings"].items()]
     rows += [[f"{name} version", version] for name, version in facts["versions"].items() if name != "llmquant"]
-    return _table(["setting", "value"], rows)
+    return table(["setting", "value"], rows)
