@@ -48,7 +48,7 @@ def quantize(
 
     >>> facts = llmquant.quantize(MODEL, OUTPUT / "int4", format="int4:g64", quality="fast")
     >>> facts["bits_per_weight"], len(facts["tensors"])
-    (4.25260..., 42)
+    (4.2542..., 42)
 
     A recipe has rules by name, of which the first that matches counts:
 

@@ -85,10 +85,12 @@ def front(name: str, points: Sequence[tuple[str, float, float]], best: Sequence[
     with _axes(name, 3.2) as (_, axes, drawn):
         axes.plot(*zip(*[points[place][1:] for place in best], strict=True), color=SECOND, linewidth=1, zorder=1)
         axes.scatter([p[1] for p in points], [p[2] for p in points], color=ACCENT, s=18, zorder=2)
-        for text, bits, lost in points:
-            axes.annotate(text, (bits, lost), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        for place, (text, bits, lost) in enumerate(sorted(points, key=lambda point: point[1])):
+            away = (5, 5) if place % 2 else (-5, -11)  # neighbours on either side of the line
+            side = "left" if place % 2 else "right"
+            axes.annotate(text, (bits, lost), xytext=away, textcoords="offset points", fontsize=7, ha=side)
         axes.set_yscale("log")
-        axes.margins(x=0.25, y=0.15)
+        axes.margins(x=0.35, y=0.2)
         axes.set_xlabel("bits a quantized weight, metadata counted")
         axes.set_ylabel(label)
     return drawn[0]

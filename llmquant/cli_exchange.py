@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -122,16 +122,24 @@ def compare(
     from llmquant.output import replace_text
 
     folders = {name: locate(name) for name in (reference, *models)}
+    short = {name: Path(name).name for name in folders}
+    if len(set(short.values())) < len(short):  # folders of the same name in several places
+        short = {name: name for name in folders}
     windows, vocabulary = api.evaluation_windows(reference, text, "documents", window, max_windows, trust_remote_code)
     tokenizer = texts.load_tokenizer(folders[reference], trust_remote_code)
     start = prompt or tokenizer.decode(windows[0, :24].tolist(), skip_special_tokens=True)
 
-    def load(name: str) -> Any:
-        return api.load_any(name, dtype_named(dtype), trust_remote_code)
-
+    named = {short[name]: folder for name, folder in folders.items()}
     with progress_bar(as_json) as progress:
         found = comparison.compare(
-            folders, reference, load, tokenizer, windows, vocabulary, prompt=start, progress=progress
+            named,
+            short[reference],
+            lambda name: api.load_any(str(named[name]), dtype_named(dtype), trust_remote_code),
+            tokenizer,
+            windows,
+            vocabulary,
+            prompt=start,
+            progress=progress,
         )
     replace_text(output, comparison.page(found, start, comparison.token_count(windows)))
     if as_json:

@@ -28,7 +28,7 @@ figure svg { width: 100%; height: auto; display: block; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #e2e8f0; white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #fff; border: 1px solid #e2e8f0; border-radius: 8px; padding: .75rem; overflow-x: auto; }
-pre.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre.text { max-height: 14rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 NO_CHARTS = (
     "<p>The charts are missing: they need matplotlib, which <code>pip install 'llmquant[plot]'</code> brings.</p>"

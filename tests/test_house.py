@@ -75,6 +75,11 @@ FORBIDDEN = {
     "exchange": ["cli", "api", "pipeline", "plan", "blocks", "calibration", "solvers", "hf", "linear"],
     "generation": [*WRITING, "exchange", "hf", "linear"],
     "api": ["cli"],
+    "card": [*WRITING, "checkpoint", "formats", "hf", "linear"],
+    "charts": [room for room in WRITING if room != "exchange"],
+    "report": [*WRITING, "checkpoint", "formats", "hf", "linear"],
+    "description": [*(room for room in WRITING if room != "output"), "hf", "linear"],
+    "comparison": [*WRITING, "hf", "linear"],
     "cli_common": [*WRITING, "hf", "linear"],
 }
 
