@@ -18,7 +18,7 @@ from llmquant.errors import LlmquantError
 from llmquant.version import __version__
 
 if TYPE_CHECKING:
-    from llmquant import formats, metrics
+    from llmquant import adapters, formats, metrics
     from llmquant.api import convert, evaluate, export, quantize
     from llmquant.hf import explain, load
     from llmquant.recipe import Recipe, Rule
@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "__version__",
+    "adapters",
     "convert",
     "evaluate",
     "explain",
@@ -44,7 +45,7 @@ _WHERE = {
     **dict.fromkeys(("convert", "evaluate", "export", "quantize"), "llmquant.api"),
     **dict.fromkeys(("Recipe", "Rule"), "llmquant.recipe"),
 }
-_MODULES = ("formats", "metrics")
+_MODULES = ("adapters", "formats", "metrics")
 _HOOK = "llmquant.hf"  # registers itself
 _QUANTIZERS = "transformers.quantizers.auto"
 

@@ -112,7 +112,7 @@ class LlmquantQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters over it are: gradients flow through the layers, never to codes
 
 
 def register() -> None:

@@ -74,6 +74,7 @@ FORBIDDEN = {
     "pipeline": ["cli", "api", "exchange", "hf", "linear"],
     "exchange": ["cli", "api", "pipeline", "plan", "blocks", "calibration", "solvers", "hf", "linear"],
     "generation": [*WRITING, "exchange", "hf", "linear"],
+    "adapters": [room for room in WRITING if room != "exchange"],
     "api": ["cli"],
     "card": [*WRITING, "checkpoint", "formats", "hf", "linear"],
     "charts": [room for room in WRITING if room != "exchange"],
