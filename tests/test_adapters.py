@@ -41,6 +41,7 @@ def test_the_gradient_is_that_of_the_dense_layer(spec: str, dtype: torch.dtype) 
         assert not layer(x).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers in old words
 def test_adapters_learn_and_codes_stay(folder: Path, pycode: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.prepare_model_for_kbit_training(llmquant.load(folder, dtype=torch.float32))
@@ -76,6 +77,7 @@ def test_adapters_learn_and_codes_stay(folder: Path, pycode: Path, tmp_path: Pat
 
 def test_peft_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     llmquant.adapters._layer.cache_clear()
+    monkeypatch.delitem(sys.modules, "peft.tuners.lora", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(PlanError, match=r"llmquant\[peft\]"):
         llmquant.adapters.over_quantized(object())
