@@ -77,7 +77,6 @@ def test_adapters_learn_and_codes_stay(folder: Path, pycode: Path, tmp_path: Pat
 
 def test_peft_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     llmquant.adapters._layer.cache_clear()
-    monkeypatch.delitem(sys.modules, "peft.tuners.lora", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(PlanError, match=r"llmquant\[peft\]"):
         llmquant.adapters.over_quantized(object())

@@ -70,8 +70,8 @@ def folder(pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rules = [llmquant.Rule("*.o_proj", "int3:g32"), llmquant.Rule("*.up_proj", "int4:g64"), llmquant.Rule("*", None)]
     text = path.with_suffix(".txt")
     text.write_text(Path(report.__file__).read_text() * 4)
-    shown = {"calibration": str(text), "samples": 4, "length": 64}
-    llmquant.quantize(pycode, path, format=llmquant.Recipe(tuple(rules)), quality="fast", **shown)
+    recipe = llmquant.Recipe(tuple(rules))
+    llmquant.quantize(pycode, path, format=recipe, quality="fast", calibration=str(text), samples=4, length=64)
     return path
 
 

@@ -19,10 +19,11 @@ EXTRAS = {
 
 def extra(module: str) -> Any:
     """The module. Raises PlanError with the command that installs it."""
+    package = module.split(".")[0]
     try:
+        importlib.import_module(package)
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        package = module.split(".")[0]
         if error.name != package:
             raise
         raise PlanError(f"{package} is not installed: pip install 'llmquant[{EXTRAS[package]}]'") from None
