@@ -18,17 +18,41 @@ from llmquant.errors import LlmquantError
 from llmquant.version import __version__
 
 if TYPE_CHECKING:
+    from llmquant import adapters, formats, metrics
+    from llmquant.api import convert, evaluate, export, quantize
     from llmquant.hf import explain, load
+    from llmquant.recipe import Recipe, Rule
 
-__all__ = ["LlmquantError", "__version__", "explain", "load"]
+__all__ = [
+    "LlmquantError",
+    "Recipe",
+    "Rule",
+    "__version__",
+    "adapters",
+    "convert",
+    "evaluate",
+    "explain",
+    "export",
+    "formats",
+    "load",
+    "metrics",
+    "quantize",
+]
 
 # Public name -> the module that has it, imported when the name is first used.
-_WHERE = {"explain": "llmquant.hf", "load": "llmquant.hf"}
+_WHERE = {
+    **dict.fromkeys(("explain", "load"), "llmquant.hf"),
+    **dict.fromkeys(("convert", "evaluate", "export", "quantize"), "llmquant.api"),
+    **dict.fromkeys(("Recipe", "Rule"), "llmquant.recipe"),
+}
+_MODULES = ("adapters", "formats", "metrics")
 _HOOK = "llmquant.hf"  # registers itself
 _QUANTIZERS = "transformers.quantizers.auto"
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"llmquant.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

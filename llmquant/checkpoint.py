@@ -129,6 +129,9 @@ class Checkpoint:
     def files(self) -> list[str]:
         return sorted(set(self._file_of.values()))
 
+    def file(self, name: str) -> str:
+        return self._file_of[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shape[name]
 

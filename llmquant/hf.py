@@ -105,7 +105,7 @@ class LlmquantQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters over it are: gradients flow through the layers, never to codes
 
 
 def register() -> None:
@@ -116,7 +116,9 @@ def register() -> None:
 
 
 def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """The quantized model in a folder, or of a hub id, in eval mode. No code that comes with it is run.
+    """The quantized model in a folder, or of a hub id, in eval mode: llmquant's, or one of compressed-tensors.
+
+    No code that comes with it is run.
 
     Its class is the one that config.json names. verify: first hash every file, and decode every matrix.
     kwargs: as from_pretrained takes them, such as device_map and dtype.
@@ -133,8 +135,10 @@ def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) 
         raise CheckpointError(f"{model}: no model here: it has no config.json")
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != METHOD:
+    if method not in (METHOD, "compressed-tensors"):
         found = f"its quant_method is {method}" if method else "it is not quantized"
+        if method == "gptq":
+            raise CheckpointError(f"{model}: GPTQ's files are loaded after `llmquant convert`, which keeps every value")
         raise CheckpointError(f"{model}: {found}: load it with transformers, or quantize it with llmquant first")
     if verify and (problems := inspection.verify(locate(str(model)))):
         raise VerificationError(f"{model}: {problems[0]}: {REMEDY}")
@@ -146,12 +150,26 @@ def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) 
         sizes = [math.prod(files.shape(name)) for name in files.names()]
     check_config(config, Path(model), sizes)
     try:
+        if method != METHOD:
+            kwargs["config"] = _in_our_words(model, kwargs["trust_remote_code"])
         loaded: PreTrainedModel = loader_of(config).from_pretrained(model, **kwargs)
         return loaded
     except (LlmquantError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a config, or a request, that makes no sense leads to
         raise CheckpointError(f"{model}: transformers cannot load it: {type(error).__name__}: {error}") from error
+
+
+def _in_our_words(model: str | os.PathLike[str], trust_remote_code: bool) -> Any:
+    """The config of a folder of compressed-tensors, whose bytes are those of our formats, as llmquant writes it."""
+    from transformers import AutoConfig
+
+    from llmquant.exchange import foreign
+
+    folder = locate(str(model))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config.quantization_config = foreign.quantization_config(foreign.read(Checkpoint(folder))[1])
+    return config
 
 
 def explain(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:

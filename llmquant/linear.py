@@ -140,6 +140,11 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's type."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Frozen.apply(x, self)
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)  # autocast changes x alone
         return llmquant_kernels.linear(x, self._prepared_for(x.dtype), bias)
 
@@ -154,6 +159,19 @@ class QuantLinear(QuantModule):
 
     def _prepare(self, dtype: torch.dtype) -> Any:
         return llmquant_kernels.prepare(self.packed_weight, dtype=dtype, keep_decoded=self.keep_decoded)
+
+
+class _Frozen(torch.autograd.Function):
+    """The product of a frozen layer, with a derivative by x alone: the kernels have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dequantize(gradient.dtype), None
 
 
 class QuantExperts(QuantModule):

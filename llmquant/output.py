@@ -146,18 +146,58 @@ class OutputFolder:
 
         check: what must hold of the tensors as read back from disk; raises VerificationError; what it returns is noted.
         """
-        final, temporary = self.partial / name, self.partial / (name + ".tmp")
-        with _writing(self.partial, sum(t.nbytes for t in tensors.values())):
+
+        def write(temporary: Path) -> None:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
             shutil.copymode(self.partial / JOURNAL, temporary)  # safetensors writes for its owner's eyes only
+
+        need = sum(t.nbytes for t in tensors.values())
+        self.add(part, name, sorted(tensors), write, lambda path: check(_read_back(path, tensors)), need)
+
+    def link_shard(self, part: int, source: Path, names: list[str]) -> None:
+        """A shard whose bytes do not change: a hard link to `source`, or where the disk has none a copy.
+
+        names: of the tensors in it.
+        """
+
+        def write(temporary: Path) -> None:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source.resolve(), temporary)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(source, temporary)
+
+        def check(temporary: Path) -> dict[str, Any]:
+            if not temporary.samefile(source) and sha256(temporary) != sha256(source):
+                raise VerificationError(f"{temporary}: is not what {source} is: the disk is not to be trusted")
+            return {}
+
+        self.add(part, source.name, sorted(names), write, check, source.stat().st_size)
+
+    def add(
+        self,
+        part: int,
+        name: str,
+        tensors: list[str],
+        write: Callable[[Path], None],
+        check: Callable[[Path], dict[str, Any]],
+        need: int,
+    ) -> None:
+        """Let `write` write a file under a temporary name; sync, check, rename, note.
+
+        tensors: their names, for the index. check: raises VerificationError; what it returns is noted. need: bytes.
+        """
+        final, temporary = self.partial / name, self.partial / (name + ".tmp")
+        with _writing(self.partial, need):
+            write(temporary)
             _sync(temporary)
         digest = sha256(temporary)
-        noted = check(_read_back(temporary, tensors))
+        noted = check(temporary)
         with _writing(self.partial):
             temporary.rename(final)
             _sync(self.partial)
             record = {"part": part, "shard": name, "sha256": digest, "bytes": final.stat().st_size, **noted}
-            record["tensors"] = sorted(tensors)
+            record["tensors"] = tensors
             self._note(record)
         self.records[part] = record
 
@@ -176,18 +216,18 @@ class OutputFolder:
         return tensors
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self.partial / (name + ".tmp")
-        with _writing(self.partial):
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            _sync(temporary)
-            temporary.rename(self.partial / name)
+        replace_text(self.partial / name, json.dumps(content, indent=2) + "\n")
 
-    def assemble(self, config: dict[str, Any], companions: list[Path]) -> None:
-        """Index, config and companions: what is under way can then be read as a model."""
+    def assemble(self, config: dict[str, Any] | None, companions: list[Path]) -> None:
+        """Index, config and companions: what is under way can then be read as a model.
+
+        config None: the files say all themselves, and neither config nor index is written.
+        """
         weight_map, records, _ = self._final()
         total = sum(record["bytes"] for record in records)
-        self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-        self.write_json("config.json", config)
+        if config is not None:
+            self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+            self.write_json("config.json", config)
         with _writing(self.partial):
             for path in companions:
                 shutil.copyfile(path, self.partial / path.name)
@@ -197,7 +237,9 @@ class OutputFolder:
         """{tensor: its shard}, the records of those shards, and the shards of which nothing is left in the result."""
         records = [self.records[part] for part in sorted(self.records)]
         weight_map = {name: record["shard"] for record in records for name in record["tensors"]}  # the last one counts
-        replaced = [record["shard"] for record in records if record["shard"] not in weight_map.values()]
+        replaced = [
+            record["shard"] for record in records if record["tensors"] and record["shard"] not in weight_map.values()
+        ]
         return weight_map, [record for record in records if record["shard"] not in replaced], replaced
 
     def finish(self, manifest: dict[str, Any]) -> None:
@@ -231,6 +273,16 @@ def _is_record(note: dict[str, Any]) -> bool:
         and isinstance(report, list)
         and all(isinstance(entry, dict) for entry in report)
     )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name; sync; rename. Raises OutputError."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _writing(path.parent):
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.rename(path)
+        _sync(path.parent)
 
 
 def check_usable(output: Path, *, overwrite: bool) -> None:

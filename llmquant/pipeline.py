@@ -35,7 +35,7 @@ from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
 from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.plan import make_plan
-from llmquant.saving import restore, save_block
+from llmquant.saving import restore, save_block, stored
 from llmquant.scaling import Scales
 from llmquant.solving import solve_block, solve_outside
 from llmquant.verification import Verification
@@ -311,4 +311,22 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
         "scaled": scaled,
         "tensors": reports,
+        "histograms": [_histogram(prepared, folder, report["name"]) for report in _worst(reports)],
     }
+
+
+def _worst(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of three matrices, by the error of their outputs where that is known."""
+    return sorted(reports, key=lambda report: -report.get("output_error", report["error"]))[:3]
+
+
+def _histogram(prepared: Prepared, folder: OutputFolder, name: str) -> dict[str, Any]:
+    """Counts of a matrix's weights before and after, in 64 equal bins."""
+    row = next(row for row in prepared.plan.rows if row.target.name == name)
+    part = len(prepared.model.block_names) if row.block is None else row.block
+    named = stored(row, load_file(folder.partial / folder.records[part]["shard"]))
+    after = row.format.decode(*row.format.unpack(named, row.target.shape))
+    before = prepared.checkpoint.tensors([row.key])[row.key].float()
+    low, high = (float(end) for end in torch.aminmax(before))
+    counts = [torch.histc(w.clamp(low, high), 64, low, high).int().tolist() for w in (before, after)]
+    return {"name": name, "low": low, "high": high, "before": counts[0], "after": counts[1]}

@@ -46,8 +46,9 @@ def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> t
         stored |= load_file(shard)
     twin = kind.from_pretrained(model)
     source = StreamedModel(Checkpoint(model)).source_key
-    for name, value in twin.state_dict().items():  # scales may have been moved out of norms
-        value.copy_(stored.get(source(name) or name, value))
+    for name, value in twin.state_dict().items():
+        if value.ndim == 1:  # scales may have been moved out of norms
+            value.copy_(stored.get(source(name) or name, value))
     for tensor in json.loads((folder / MANIFEST).read_text())["tensors"]:
         base = tensor["key"].removesuffix("weight")
         fmt, expert = formats.get(tensor["format"]), tensor.get("expert")

@@ -1,0 +1,104 @@
+"""The model card: README.md of a quantized folder, as the hub shows it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def command(facts: dict[str, Any]) -> str:
+    """The command that makes the folder again. facts: its manifest."""
+    settings = facts["settings"]
+    words = ["llmquant", "quantize", facts["model"]]
+    rules = settings["recipe"]
+    *kept, last = rules
+    plain = all(rule["format"] is None for rule in kept) and last["pattern"] == "*" and last["solver"] == "auto"
+    if plain and set(last["options"]) <= {"clip"}:
+        words += ["--format", last["format"], *(word for rule in kept for word in ("--skip", f"'{rule['pattern']}'"))]
+        words += [word for key, value in last["options"].items() for word in (f"--{key}", value)]
+    else:
+        words += ["--recipe", "rules.json"]
+    calibration = settings["calibration"]
+    if calibration is None or not calibration["curvature"]:
+        words += ["--quality", "fast"]
+    if calibration is not None:
+        words += ["--calibration", calibration["source"], "--samples", str(calibration["samples"])]
+        if calibration["length"]:
+            words += ["--length", str(calibration["length"])]
+    words += ["--seed", str(settings["seed"])]
+    found = " ".join(words)
+    return found if "rules.json" not in words else f"{found}\n\nrules.json:\n{json.dumps(rules, indent=1)}"
+
+
+def text(facts: dict[str, Any]) -> str:
+    """Markdown with the hub's front matter. facts: the folder's manifest."""
+    specs = sorted({tensor["format"] for tensor in facts["tensors"]})
+    named = [f"base_model: {facts['model']}", "base_model_relation: quantized"] if "/" in facts["model"] else []
+    front = ["---", *named, "library_name: transformers", "tags:", "- llmquant", "- quantized", "---"]
+    before, after = facts["bytes_before"], facts["bytes_after"]
+    rows = [
+        ("base model", facts["model"]),
+        ("format", ", ".join(f"`{spec}`" for spec in specs)),
+        ("size", f"{size(before)} -> {size(after)}"),
+        ("bits a quantized weight, metadata counted", f"{facts['bits_per_weight']:.3f}"),
+        ("matrices quantized", len(facts["tensors"])),
+        ("kept as they are", ", ".join(f"`{kept['name']}`" for kept in facts["kept_dense"]) or "embeddings and head"),
+        *_measured(facts.get("evaluation") or {}),
+    ]
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    worst = _worst(facts["tensors"])
+    return (
+        "\n".join([*front, "", f"# {facts['model']}, quantized", "", *table, "", *worst, *USE, *_again(facts)]) + "\n"
+    )
+
+
+def _measured(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if "kl_mean" in found:
+        perplexity = f"{found['reference']['perplexity']:.4g} -> {found['model']['perplexity']:.4g}"
+        return [("perplexity", perplexity), ("KL divergence, nats a token", f"{found['kl_mean']:.5f}")]
+    return [("perplexity", f"{found['perplexity']:.4g}")] if "perplexity" in found else []
+
+
+def _worst(tensors: list[dict[str, Any]]) -> list[str]:
+    key = "output_error" if any("output_error" in tensor for tensor in tensors) else "error"
+    known = sorted((t for t in tensors if key in t), key=lambda tensor: -tensor[key])[:5]
+    lines = [f"| `{tensor['name']}` | {percent(tensor[key])} |" for tensor in known]
+    return [f"| largest relative {key.replace('_', ' ')}s | |", "|---|---|", *lines, ""] if lines else []
+
+
+USE = """## Use it
+
+```python
+import llmquant  # pip install llmquant; without it transformers returns a model of random numbers
+
+model = llmquant.load("THIS FOLDER OR ID")
+```
+
+For vLLM, SGLang and plain transformers, where the format is one of compressed-tensors':
+
+```
+llmquant export FOLDER --to compressed-tensors -o OUT
+vllm serve OUT
+```
+
+""".splitlines()
+
+
+def _again(facts: dict[str, Any]) -> list[str]:
+    return ["## Do it again", "", "```", *command(facts).splitlines(), "```", "", *_versions(facts)]
+
+
+def _versions(facts: dict[str, Any]) -> list[str]:
+    return [", ".join(f"{name} {version}" for name, version in facts["versions"].items()) + "."]

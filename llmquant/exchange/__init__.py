@@ -1,0 +1,1 @@
+"""Files of other tools: what llmquant writes for them, and what it reads of theirs."""
