@@ -619,7 +619,8 @@ def test_explain_works_on_meta() -> None:
         scale=torch.empty(64, 2, dtype=F16, device="meta"),
         zero=8,
     )
-    assert kernels.explain(weight, BF16) == "cpu_int4: chosen"
+    refused = "triton: refused, runs on GPUs only, the weight is on cpu"
+    assert kernels.explain(weight, BF16) == f"cpu_int4: chosen\n{refused}"
     lines = kernels.explain(weight, F16).splitlines()
     assert lines[0] == "cpu_decode: chosen"
     assert [line.split(", ")[0] for line in lines[1:3]] == ["triton: refused", "cpu_int4: refused"]
