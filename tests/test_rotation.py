@@ -16,6 +16,7 @@ from llmquant import formats, pipeline, rotation
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import PlanError
+from llmquant.plan import Plan
 from llmquant.recipe import Recipe
 from llmquant.rotation import RotatedCheckpoint, Rotation
 
@@ -136,7 +137,7 @@ def test_a_rotated_tied_model_is_quantized_streamed_and_loaded(tmp_path: Path) -
 def test_the_plan_says_what_untying_costs(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", "llama", tied=True)
 
-    def plan(mode: str) -> pipeline.Plan:
+    def plan(mode: str) -> Plan:
         job = pipeline.Job(str(folder), Recipe.uniform("int4:g32"), None, rotate=mode)
         return pipeline.prepare(job, tmp_path / "out").plan
 
