@@ -220,7 +220,7 @@ def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     try:
         solution, name, noted = recovery.solve(w, stats, row.format, name, options, calibrated=row.block is not None)
     except LlmquantError as error:
-        raise type(error)(f"{row.key}: {error}") from None
+        raise type(error)(f"{row.key if row.target.expert is None else row.target.name}: {error}") from None
     outputs = None if stats is None else stats.output_energy(w)  # as dear as a step of the solver, and wanted twice
     facts = {"solver": name, **({"recoveries": noted} if noted else {})}
     rival = None
