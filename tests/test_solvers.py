@@ -128,6 +128,8 @@ def test_coarse_scales_are_chosen_again_and_the_loss_only_falls(spec: str) -> No
     found, stored = fmt.unpack(fmt.pack(codes, other), (48, 112))
     assert torch.equal(found, codes)
     assert stored.equals(other)
+    losses_of = [SOLVERS["gptq"](w, calibrated(), fmt, exponents=flag).loss for flag in (True, False)]
+    assert losses_of[0] < 1.02 * losses_of[1]
 
 
 @pytest.mark.parametrize("spec", COARSE)

@@ -22,6 +22,7 @@ for the block to decide.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,14 +55,16 @@ def solve(
     target: bool = True,
     rounds: int = 2,
     starts: int = 1,
+    exponents: bool = False,
     lean: bool = False,
 ) -> Solution:
     """w (out, in) float32. Raises what Format.fit raises, and ValueError without calibration.
 
     clip: the format's named rule for the range; damp: the fraction by which the Hessian's diagonal is raised;
     target: aim at W* where held-out tokens agree; rounds: of refit and descent after the sweep; starts: grids that all
-    of this is done from, up to 3, of which every row keeps the best; lean: whether the solution says how far from its
-    level each weight would best be, for tuning to start from.
+    of this is done from, up to 3, of which every row keeps the best; exponents: choose coarse scales again, which
+    lowers the loss, but not always what it does to a model; lean: whether the solution says how far from its level
+    each weight would best be, for tuning to start from.
     """
     if stats is None:
         raise ValueError("gptq needs calibration")
@@ -70,10 +73,11 @@ def solve(
     ladder.offer("rounding", *fmt.quantize(w, importance, clip=clip), fmt)
     hessian = damped(stats.hessian, damp)
     aim = aimed(w, stats) if target else w
-    places, grid = _from_grid(aim, fmt.fit(aim, importance, clip=clip), fmt, hessian, rounds, ladder)
+    from_grid = partial(_from_grid, aim, fmt=fmt, hessian=hessian, rounds=rounds, exponents=exponents)
+    places, grid = from_grid(fmt.fit(aim, importance, clip=clip), ladder=ladder)
     others = [(None, clip), (None, "minmax")][: starts - 1]
     for weights, rule in others:
-        found = _from_grid(aim, fmt.fit(aim, weights, clip=rule), fmt, hessian, rounds, None)
+        found = from_grid(fmt.fit(aim, weights, clip=rule), ladder=None)
         places, grid = _best_rows(aim, hessian, fmt, (places, grid), found)
     if others:
         ladder.offer("starts", fmt.lattice(grid).codes[places.int()], grid, fmt)
@@ -85,7 +89,7 @@ def solve(
 
 
 def _from_grid(
-    aim: Tensor, grid: Grid, fmt: Format, hessian: Tensor, rounds: int, ladder: Ladder | None
+    aim: Tensor, grid: Grid, fmt: Format, hessian: Tensor, rounds: int, exponents: bool, ladder: Ladder | None
 ) -> tuple[Tensor, Grid]:
     """Sweep, refit and descend: places and grid. What each step finds is offered to the ladder, if there is one."""
 
@@ -98,7 +102,8 @@ def _from_grid(
     offer("sweep")
     for round in range(rounds):
         grid, places = refit(aim, places, grid, fmt, hessian)
-        grid, places = coarse.choose(aim, places, grid, fmt, hessian)
+        if exponents:
+            grid, places = coarse.choose(aim, places, grid, fmt, hessian)
         lattice = fmt.lattice(grid)
         places, _ = loops.descend(aim, places, lattice, hessian)
         offer(f"descent {round + 1}")
