@@ -268,7 +268,7 @@ def test_what_is_no_target() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(nn.functional.pad(x, (2, 0)))
 
-    modules = [nn.Embedding(4, 8), nn.LayerNorm(8), nn.ConvTranspose1d(4, 4, 3), Padded(4, 4, 3), nn.GRU(4, 4)]
+    modules = [nn.LayerNorm(8), nn.ConvTranspose1d(4, 4, 3), Padded(4, 4, 3), nn.GRU(4, 4)]
     modules += [weight_norm(nn.Conv1d(4, 4, 3)), weight_norm(nn.Linear(4, 4))]
     assert [target_of("", module) for module in modules] == [None] * len(modules)
     named = {"int4:g4": formats.get("int4:g4")}

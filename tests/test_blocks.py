@@ -115,7 +115,8 @@ def test_logits_tied_bfloat16(tmp_path: Path, name: str) -> None:
     expected = whole_logits(folder, text())
     assert (model.dtype, logits.dtype) == (torch.bfloat16, expected.dtype)
     assert torch.equal(logits, expected)
-    assert model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
+    if model.model.all_tied_weights_keys:  # a few kinds of model never tie
+        assert model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
@@ -530,14 +531,14 @@ def test_a_broken_config_is_refused(tmp_path: Path, content: str | None) -> None
 
 def test_a_model_without_blocks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path, "llama")
-    build = AutoModelForCausalLM.from_config
+    build = LlamaForCausalLM._from_config
 
     def flatten(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
         model.model.layers = torch.nn.Sequential(*model.model.layers)
         return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", flatten)
+    monkeypatch.setattr(LlamaForCausalLM, "_from_config", flatten)
     with pytest.raises(PlanError, match="LlamaForCausalLM has no list of repeated blocks"):
         StreamedModel(Folder(folder))
 

@@ -538,9 +538,9 @@ CONFIGS: dict[str, tuple[Any, str, type[LlmquantError]]] = {
         "layers.7.mlp.up_proj is quantized",
         CheckpointError,
     ),
-    "embeddings": (
-        {"int4:g32": ["model.embed_tokens"]},
-        "model.embed_tokens cannot be .* a Embedding",
+    "norm": (
+        {"int4:g32": ["model.norm"]},
+        "model.norm cannot be .* LlamaRMSNorm",
         CheckpointError,
     ),
     "block": ({"int4:g32": ["model.layers.0"]}, "layers.0 cannot be .* LlamaDecoderLayer", CheckpointError),
