@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
+
+from llmquant.recipe import QUALITIES
 
 
 def size(count: float) -> str:
@@ -18,25 +22,62 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
+def alike(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(name, reason), one for all names that differ in their numbers only."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in found:
+        groups.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    return [
+        (names[0] if len(names) == 1 else f"{pattern} ({len(names)} of them)", reason)
+        for (pattern, reason), names in groups.items()
+    ]
+
+
+def recovered(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where numbers went wrong, and what was done. facts: a manifest."""
+    return alike((found["name"], found["what"]) for found in facts.get("recoveries", []))
+
+
+def tuned(found: dict[str, Any]) -> str:
+    """What end-to-end tuning came to, in a line. found: what the manifest notes of it."""
+    first, least = found["divergences"][0][1], min(kl for _, kl in found["divergences"])
+    return f"{'kept' if found['kept'] else 'not kept'}: KL on held-out tokens {first:.4g} -> {least:.4g}"
+
+
+def verified(found: dict[str, Any]) -> str:
+    """What a verification says of outputs and logits, in a line. found: what the manifest notes of it."""
+    if "unchecked" in found:
+        return str(found["unchecked"])
+    return (
+        f"on {found['tokens']} tokens: KL {found['kl_mean']:.4f}, the same likeliest token for "
+        f"{found['top1_agreement']:.1%}; outputs of {found['worst_block']} off by {found['worst_error']:.4f} "
+        f"(bound {found['worst_bound']:.4f})"
+    )
+
+
 def command(facts: dict[str, Any]) -> str:
     """The command that makes the folder again. facts: its manifest."""
     settings = facts["settings"]
     words = ["llmquant", "quantize", facts["model"]]
-    rules = settings["recipe"]
+    rules, calibration = settings["recipe"], settings["calibration"]
+    share = 0.0 if calibration is None else calibration["curvature"]
+    quality = next(
+        name for name, one in QUALITIES.items() if (one.curvature, one.tuning) == (share, settings["tuning"])
+    )
     *kept, last = rules
-    plain = all(rule["format"] is None for rule in kept) and last["pattern"] == "*" and last["solver"] == "auto"
-    if plain and set(last["options"]) <= {"clip"}:
+    given = QUALITIES[quality].options if last["solver"] == "auto" else {}
+    options = {key: value for key, value in last["options"].items() if given.get(key) != value}
+    if all(rule["format"] is None for rule in kept) and last["pattern"] == "*" and set(options) <= {"clip"}:
         words += ["--format", last["format"], *(word for rule in kept for word in ("--skip", f"'{rule['pattern']}'"))]
-        words += [word for key, value in last["options"].items() for word in (f"--{key}", value)]
+        words += [word for key, value in options.items() for word in (f"--{key}", value)]
+        words += ["--solver", last["solver"]] if last["solver"] != "auto" else []
     else:
         words += ["--recipe", "rules.json"]
-    calibration = settings["calibration"]
-    if calibration is None or not calibration["curvature"]:
-        words += ["--quality", "fast"]
+    words += ["--quality", quality] if quality != "balanced" else []
+    words += ["--rotate", settings["rotate"]] if settings["rotate"] != "none" else []
     if calibration is not None:
         words += ["--calibration", calibration["source"], "--samples", str(calibration["samples"])]
-        if calibration["length"]:
-            words += ["--length", str(calibration["length"])]
+        words += ["--length", str(calibration["length"])] if calibration["length"] else []
     words += ["--seed", str(settings["seed"])]
     found = " ".join(words)
     return found if "rules.json" not in words else f"{found}\n\nrules.json:\n{json.dumps(rules, indent=1)}"
@@ -55,6 +96,9 @@ def text(facts: dict[str, Any]) -> str:
         ("bits a quantized weight, metadata counted", f"{facts['bits_per_weight']:.3f}"),
         ("matrices quantized", len(facts["tensors"])),
         ("kept as they are", ", ".join(f"`{kept['name']}`" for kept in facts["kept_dense"]) or "embeddings and head"),
+        *([("tuning of all blocks together", tuned(facts["tuning"]))] if "tuning" in facts else []),
+        *([("verified", verified(facts["verification"]))] if "verification" in facts else []),
+        *((f"recovered: `{name}`", what) for name, what in recovered(facts)),
         *_measured(facts.get("evaluation") or {}),
     ]
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]

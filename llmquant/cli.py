@@ -15,7 +15,8 @@ import typer
 from rich.table import Column, Table
 
 from llmquant import cli_check, cli_exchange
-from llmquant.cli_check import print_divergence, verified
+from llmquant.card import alike, tuned, verified
+from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
     ModelArgument,
@@ -241,13 +242,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
 
 
 def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
-    """(name, reason), a line for all names that differ in their numbers only."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for name, reason in found:
-        alike.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
-    for (pattern, reason), names in alike.items():
-        name = names[0] if len(names) == 1 else f"{pattern} ({len(names)} of them)"
-        out.print(f"{what}: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    print_lines([f"{what}: {name}: {reason}" for name, reason in alike(found)])
 
 
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
@@ -274,9 +269,7 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     if scaled := manifest["scaled"]:
         out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):
-        first, least = tuning["divergences"][0][1], min(kl for _, kl in tuning["divergences"])
-        verdict = "kept" if tuning["kept"] else "not kept"
-        out.print(f"tuning {verdict}: KL on held-out tokens {first:.4g} -> {least:.4g}", highlight=False)
+        out.print(f"tuning {tuned(tuning)}", highlight=False)
     _print_alike("kept dense", [(kept["name"], kept["reason"]) for kept in manifest["kept_dense"]])
     _print_alike("recovered", [(found["name"], found["what"]) for found in manifest["recoveries"]])
     if experts := manifest.get("experts"):
@@ -295,7 +288,7 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         soft_wrap=True,
     )
     if found := summary.get("verification"):
-        out.print(f"{verified(found)}, {found['seconds']:.1f} s", highlight=False, soft_wrap=True)
+        out.print(f"verified: {verified(found)}, {found['seconds']:.1f} s", highlight=False, soft_wrap=True)
     if "export" in summary:
         exported = summary["export"]
         print_lines([*exported["notes"], f"exported and verified: {exported['output']}"])

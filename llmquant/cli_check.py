@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from llmquant.card import verified
 from llmquant.cli_common import (
     FolderArgument,
     JsonOption,
@@ -165,18 +166,7 @@ def _print_verification(found: Any, as_json: bool) -> None:
         shown = ["-" if figure is None else f"{figure:.4f}" for figure in figures]
         table.add_row(block["name"] or "outside", str(block["matrices"]), *shown)
     out.print(table)
-    out.print(f"\n{verified(facts)}, {found.seconds:.1f} s", highlight=False, soft_wrap=True)
-
-
-def verified(found: dict[str, Any]) -> str:
-    """What a verification says of outputs and logits, in a line."""
-    if "unchecked" in found:
-        return f"verified: {found['unchecked']}"
-    return (
-        f"verified on {found['tokens']} tokens: KL {found['kl_mean']:.4f}, the same likeliest token for "
-        f"{found['top1_agreement']:.1%}; outputs of {found['worst_block']} off by {found['worst_error']:.4f} "
-        f"(bound {found['worst_bound']:.4f})"
-    )
+    out.print(f"\nverified: {verified(facts)}, {found.seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 COMMANDS = (inspect, verify)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,12 +31,12 @@ from llmquant.errors import (
     OutputError,
     PlanError,
 )
-from llmquant.estimate import Work
+from llmquant.estimate import Row, Work
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
 from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.plan import make_plan
-from llmquant.saving import restore, save_block, stored
+from llmquant.saving import restore, save_block, stored, stored_name
 from llmquant.scaling import Scales
 from llmquant.solving import solve_block, solve_outside
 from llmquant.verification import Verification
@@ -311,22 +312,31 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
         "scaled": scaled,
         "tensors": reports,
-        "histograms": [_histogram(prepared, folder, report["name"]) for report in _worst(reports)],
+        "histograms": [_histogram(prepared, folder, row) for row in _worst(plan.rows, reports)],
     }
 
 
-def _worst(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of three matrices, by the error of their outputs where that is known."""
-    return sorted(reports, key=lambda report: -report.get("output_error", report["error"]))[:3]
+def _worst(rows: Iterable[Row], reports: list[dict[str, Any]]) -> list[Row]:
+    """Three matrices, by the error of their outputs where that is known."""
+    worst = sorted(reports, key=lambda report: -report.get("output_error", report["error"]))[:3]
+    named = {row.target.name: row for row in rows}
+    return [named[report["name"]] for report in worst]
 
 
-def _histogram(prepared: Prepared, folder: OutputFolder, name: str) -> dict[str, Any]:
-    """Counts of a matrix's weights before and after, in 64 equal bins."""
-    row = next(row for row in prepared.plan.rows if row.target.name == name)
-    part = len(prepared.model.block_names) if row.block is None else row.block
-    named = stored(row, load_file(folder.partial / folder.records[part]["shard"]))
+def _histogram(prepared: Prepared, folder: OutputFolder, row: Row) -> dict[str, Any]:
+    """Counts of a matrix's weights before and after, in 64 equal bins; before: as the checkpoint has them."""
+    model, written = prepared.model, Checkpoint(folder.partial)
+    named = stored(row, written.tensors([stored_name(row, suffix) for suffix in row.format.layout(row.target.shape)]))
     after = row.format.decode(*row.format.unpack(named, row.target.shape))
-    before = prepared.checkpoint.tensors([row.key])[row.key].float()
+    if row.block is None:
+        model.load_outside()
+    else:
+        model.load_block(row.block)
+    before = row.target.matrix(model.module(row.target)).detach().float().cpu()
+    if row.block is None:
+        model.unload_outside()
+    else:
+        model.unload_block(row.block)
     low, high = (float(end) for end in torch.aminmax(before))
     counts = [torch.histc(w.clamp(low, high), 64, low, high).int().tolist() for w in (before, after)]
-    return {"name": name, "low": low, "high": high, "before": counts[0], "after": counts[1]}
+    return {"name": row.target.name, "low": low, "high": high, "before": counts[0], "after": counts[1]}

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from llmquant import charts
-from llmquant.card import command, percent, size
+from llmquant.card import command, percent, recovered, size, tuned, verified
 
 STYLE = """
 :root { color-scheme: light; font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #f8fafc; }
@@ -45,6 +45,9 @@ def page(facts: dict[str, Any]) -> str:
         _section("Steps of the solver", _decisions(facts["tensors"])),
         _section("Calibration", _coverage(facts)),
         _section("The worst matrices, before and after", drawn(lambda: list(_histograms(facts)))),
+        _section("Numbers that went wrong", table(["matrix", "what was done"], recovered(facts))),
+        _section("Tuning of all blocks together", _tuning(facts.get("tuning"))),
+        _section("Verified against the original", _verification(facts.get("verification"))),
         _section("Measured", _evaluation(facts.get("evaluation"))),
         _section("Kept as they are", table(["module", "why"], [[k["name"], k["reason"]] for k in facts["kept_dense"]])),
         _section("All matrices", f"<details><summary>{len(facts['tensors'])}</summary>{_all(facts)}</details>"),
@@ -161,6 +164,28 @@ def _histograms(facts: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for number, one in enumerate(facts.get("histograms", [])):
         svg = charts.histogram(f"histogram{number}", one["low"], one["high"], one["before"], one["after"])
         yield one["name"], svg
+
+
+def _tuning(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"<p>{escape(tuned(found))}</p>" + table(["step", "KL on held-out tokens"], found["divergences"])
+
+
+def _verification(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    columns = {
+        "weights": "weights off by",
+        "error": "outputs off by",
+        "bound": "at most",
+        "drift": "with the blocks before",
+    }
+    rows = [
+        [block["name"] or "outside", *("-" if block[key] is None else block[key] for key in columns)]
+        for block in found["blocks"]
+    ]
+    return f"<p>{escape(verified(found))}</p>" + table(["block", *columns.values()], rows)
 
 
 def _evaluation(measured: dict[str, Any] | None) -> str:

@@ -91,7 +91,7 @@ FORBIDDEN = {
     "generation": [*WRITING, "exchange", "hf", "linear"],
     "adapters": [room for room in WRITING if room != "exchange"],
     "api": ["cli"],
-    "card": [*WRITING, "checkpoint", "formats", "hf", "linear"],
+    "card": [*(room for room in WRITING if room != "recipe"), "checkpoint", "formats", "hf", "linear"],
     "charts": [room for room in WRITING if room != "exchange"],
     "report": [*WRITING, "checkpoint", "formats", "hf", "linear"],
     "description": [*(room for room in WRITING if room != "output"), "hf", "linear"],

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from llmquant.errors import PlanError
 from llmquant.exchange import compressed_tensors, dense, gguf, gptq
 from llmquant.exchange.model import Model, Progress
@@ -26,7 +28,18 @@ def target_named(to: str) -> ModuleType:
 
 def check(model: Model, to: str) -> list[str]:
     """Notes for the user. Raises PlanError, naming the tensor, for what the target cannot express."""
-    return list(target_named(to).check(model))
+    target = target_named(to)
+    for matrix in model.matrices:
+        if matrix.target.expert is not None:
+            raise PlanError(
+                f"{matrix.target.name}: is one of many experts that the model holds as one tensor, and no export "
+                "writes these: keep them dense with --skip"
+            )
+        if target is not dense and isinstance(model.skeleton.get_submodule(matrix.target.name), nn.Embedding):
+            raise PlanError(
+                f"{matrix.target.name}: is an embedding, and {to} is written of linear layers: keep it dense"
+            )
+    return list(target.check(model))
 
 
 def export(

@@ -78,9 +78,7 @@ class Model:
         modules = dict(skeleton.named_modules())
         matrices = []
         for tensor in facts["tensors"]:
-            target = target_of(tensor["name"], modules[tensor["name"]])
-            assert target is not None, tensor["name"]
-            matrices.append(Matrix(target, tensor["key"], formats.get(tensor["format"])))
+            matrices.append(Matrix(_target(tensor, modules), tensor["key"], formats.get(tensor["format"])))
         return cls(checkpoint, config, skeleton, tuple(matrices), facts)
 
     @property
@@ -144,6 +142,14 @@ class Model:
                 return {}
 
             folder.write_shard(part, file, tensors, check)
+
+
+def _target(tensor: dict[str, Any], modules: dict[str, nn.Module]) -> Target:
+    """Where a matrix of a manifest belongs."""
+    name, shape = tensor["name"], (tensor["shape"][0], tensor["shape"][1])
+    if "expert" in tensor:
+        return Target(name, shape, transposed=False, bias=False, expert=tensor["expert"])
+    return target_of(name, modules[name]) or Target(name, shape, transposed=False, bias=False)  # or an embedding
 
 
 def empty(folder: Path, config: dict[str, Any]) -> nn.Module:
