@@ -48,7 +48,7 @@ def _is_tensor(entry: Any) -> bool:
         return False
     shape, figures = (
         entry.get("shape"),
-        [entry.get("error"), entry.get("bits_per_weight"), entry.get("output_error", 0)],
+        [entry.get("error", 0), entry.get("bits_per_weight"), entry.get("output_error", 0)],
     )
     expert = entry.get("expert", 0)
     return (

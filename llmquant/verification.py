@@ -229,7 +229,7 @@ def verify(
         trust_remote_code=trust_remote_code,
         decoded=True,
     )
-    noted = {tensor["name"]: tensor["error"] for tensor in manifest["tensors"]}
+    noted = {tensor["name"]: tensor["error"] for tensor in manifest["tensors"] if "error" in tensor}  # not converted
     tuning = manifest.get("tuning")
     tuned = isinstance(tuning, dict) and tuning.get("kept") is True
     moved = {name for note in manifest.get("scaled", []) for name in (note["source"], *note["readers"])}

@@ -581,7 +581,7 @@ def test_load(llama: Folders, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model here"):
         llmquant.load(tmp_path)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    with pytest.raises(CheckpointError, match="its quant_method is gptq"):
+    with pytest.raises(CheckpointError, match="loaded after `llmquant convert`"):
         llmquant.load(tmp_path)
 
 
