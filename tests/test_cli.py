@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmquant import checkpoint, cli, errors, output
+import llmquant
+from llmquant import checkpoint, cli, errors, output, pipeline
 
 FAST = ["--quality", "fast", "--group", "32"]
 Run = Callable[..., tuple[int, str, str]]
@@ -282,6 +284,47 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Run, pycode: Path, tmp_
     assert not list(tmp_path.iterdir())
     code, printed, _ = run("quantize", pycode, "--dry-run", "--output", out)
     assert "peak memory" in printed
+
+
+def test_the_interface_makes_of_the_same_words_the_same_job(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[tuple[Any, Any]] = []
+
+    def prepare(job: pipeline.Job, output: Path, **options: Any) -> None:
+        prepared.append((job, {key: value for key, value in options.items() if key != "progress"}))
+        raise errors.PlanError("seen")
+
+    monkeypatch.setattr(pipeline, "prepare", prepare)
+    given = ["--format", "nf4:g64", "--quality", "best", "--rotate", "value", "--samples", "9", "--length", "32"]
+    given += ["--batch", "3", "--seed", "5", "--dtype", "float32", "--offload-activations", str(tmp_path)]
+    assert run("quantize", "m", *given, "--max-memory", "1GiB", "--overwrite", "--trust-remote-code")[0] == 4
+    with pytest.raises(errors.PlanError, match="seen"):
+        llmquant.quantize(
+            "m",
+            "out",
+            format="nf4:g64",
+            quality="best",
+            rotate="value",
+            samples=9,
+            length=32,
+            batch=3,
+            seed=5,
+            dtype=torch.float32,
+            offload=tmp_path,
+            max_memory=2**30,
+            overwrite=True,
+            trust_remote_code=True,
+        )
+    assert prepared[0] == prepared[1]
+    assert prepared[0][0].tuning
+    assert prepared[0][0].recipe.rules[0].options["starts"] > 1
+    run("quantize", "m", "--solver", "awq", "--calibration", "text.txt", "--quality", "fast")
+    with pytest.raises(errors.PlanError, match="seen"):
+        llmquant.quantize("m", "out", solver="awq", format="int4:g128", quality="fast", calibration="text.txt")
+    assert prepared[2][0] == prepared[3][0]
+    with pytest.raises(errors.PlanError, match="'awq' beside a recipe"):
+        llmquant.quantize("m", "out", solver="awq", format=llmquant.Recipe.uniform("int4:g128"))
 
 
 def test_evaluation_at_the_end_is_that_of_eval(run: Run, pycode: Path, held_out: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import make_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -239,6 +240,27 @@ def test_refused_in_the_plan_by_name(
     said = capsys.readouterr().err
     assert (ended.value.code, message in said) == (4, True), said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", export.TARGETS)
+def test_experts_and_embeddings_are_refused_by_name(to: str, tmp_path: Path) -> None:
+    """Experts held as one tensor by every target, embeddings by all that hold no table: before a run and after it."""
+    model = make_checkpoint(tmp_path / "moe", "qwen3_moe")
+    llmquant.quantize(
+        model, tmp_path / "experts", format=Recipe.uniform("int4:g16", skip=("*_attn.*",)), quality="fast"
+    )
+    with pytest.raises(PlanError, match=r"mlp\.experts\.\w+\.0: is one of many experts"):
+        llmquant.export(tmp_path / "experts", tmp_path / "out", to)
+    model = make_checkpoint(tmp_path / "model", "llama", tied=False)
+    recipe = Recipe((Rule("model.embed_tokens", "int8:channel"), Rule("*", None)))
+    llmquant.quantize(model, tmp_path / "table", format=recipe, quality="fast")
+    if to == "dense":
+        assert llmquant.export(tmp_path / "table", tmp_path / "out", to) == []
+        ours, dense = llmquant.load(tmp_path / "table"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(ours.model.embed_tokens(TOKENS), dense.model.embed_tokens(TOKENS))
+    else:
+        with pytest.raises(PlanError, match=r"model\.embed_tokens: is an embedding"):
+            llmquant.export(tmp_path / "table", tmp_path / "out", to)
 
 
 def test_only_finished_folders_are_exported(pycode: Path, quantized: Make, tmp_path: Path) -> None:

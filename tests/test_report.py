@@ -13,6 +13,7 @@ import pytest
 
 import llmquant
 from llmquant import card, cli, comparison, description, inspection, report
+from llmquant.recipe import QUALITIES
 
 pytest.importorskip("matplotlib")
 VOID = {"meta", "link", "br"}
@@ -141,6 +142,33 @@ def test_the_command_of_a_plain_run_is_understood(pycode: Path, tmp_path: Path, 
     assert not ended.value.code
     assert inspection.manifest(tmp_path / "again")["settings"] == facts["settings"]
     capsys.readouterr()
+
+
+def test_the_command_names_the_quality_and_what_else_was_asked(folder: Path) -> None:
+    """Of a run whose rules hold what the quality brought with it: these are not asked for again."""
+    facts = inspection.manifest(folder)
+    recipe = llmquant.Recipe.uniform("int4:g64", clip="mse").with_options(QUALITIES["best"].options).to_json()
+    calibration = {**facts["settings"]["calibration"], "source": "self", "curvature": QUALITIES["best"].curvature}
+    asked = {"recipe": recipe, "calibration": calibration, "tuning": QUALITIES["best"].tuning, "rotate": "value"}
+    words = card.command({**facts, "model": "m", "settings": {**facts["settings"], **asked}})
+    begun = "llmquant quantize m --format int4:g64 --clip mse --quality best --rotate value --calibration self"
+    assert words == f"{begun} --samples 4 --length 64 --seed 0"
+
+
+def test_tuning_verification_and_recoveries_are_told(folder: Path) -> None:
+    facts = inspection.manifest(folder)
+    assert facts["verification"]["tokens"] > 0
+    text = (folder / "README.md").read_text()
+    assert f"| verified | on {facts['verification']['tokens']} tokens: KL" in text
+    assert text.count("| recovered: ") == len(card.recovered(facts))
+    assert "tuning" not in text
+    facts["tuning"] = {"kept": True, "divergences": [[0, 0.5], [150, 0.25]], "codes": True}
+    facts["recoveries"] = [{"name": f"layers.{layer}.up", "what": "rounded to nearest"} for layer in (0, 1)]
+    text, page = card.text(facts), checked(report.page(facts))
+    assert "| tuning of all blocks together | kept: KL on held-out tokens 0.5 -> 0.25 |" in text
+    assert "| recovered: `layers.*.up (2 of them)` | rounded to nearest |" in text
+    assert {"rounded to nearest", "kept: KL on held-out tokens 0.5 -> 0.25"} <= set(page.texts)
+    assert {block["name"] or "outside" for block in facts["verification"]["blocks"]} <= set(page.texts)
 
 
 def test_what_was_measured_is_shown(folder: Path, tmp_path: Path) -> None:
