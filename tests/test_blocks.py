@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, MOE, VOCABULARY, make_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BertConfig, PretrainedConfig, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM, PretrainedConfig, T5Config
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from llmquant import blocks
