@@ -12,7 +12,7 @@ import torch
 import transformers
 from architectures import FAMILIES, VOCABULARY, make_checkpoint, make_family
 from safetensors.torch import load_file, save_file
-from test_pipeline import contents, cut_after, dense_twin, quantize
+from test_pipeline import SMALL, contents, cut_after, dense_twin, quantize
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel
@@ -21,7 +21,7 @@ import llmquant
 from llmquant import cli, formats, inspection, matrices, pipeline
 from llmquant.errors import CheckpointError, PlanError
 from llmquant.hf import swap
-from llmquant.linear import QuantConv, QuantLinear, QuantModule
+from llmquant.linear import QuantConv, QuantEmbedding, QuantLinear, QuantModule
 from llmquant.matrices import CONVOLUTIONS, Target, all_blocks, target_of
 from llmquant.recipe import Recipe, Rule
 
@@ -165,6 +165,53 @@ def test_the_head_of_a_language_model_by_its_name(tmp_path: Path) -> None:
         quantize(tied, tmp_path / "never", Recipe((Rule("lm_head", "int8:channel"), Rule("*", SPEC))))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2"])
+def test_head_and_embeddings_by_their_names(name: str, tmp_path: Path) -> None:
+    """Gemma scales its embeddings, OPT adds to the ids of its positions: the module goes on doing so."""
+    prefix = {"opt": "model.decoder.", "gpt2": "transformer."}.get(name, "model.")
+    inner = {"opt": ["embed_tokens", "embed_positions"], "gpt2": ["wte", "wpe"]}.get(name, ["embed_tokens"])
+    embeddings = [prefix + each for each in inner]
+    model = make_checkpoint(tmp_path / "model", name, tied=False)
+    rules = [Rule(each, spec) for each, spec in zip(embeddings, ("int8:g32:asym", "mx9"), strict=False)]
+    recipe = Recipe((*rules, Rule("lm_head", "int8:g32"), Rule("*", "int4:g16")))
+    manifest = quantize(model, tmp_path / "out", recipe, calibration=SMALL)
+    facts = {tensor["name"]: tensor for tensor in manifest["tensors"]}
+    assert (facts["lm_head"]["solver"], facts["lm_head"]["tokens"]) == ("gptq", 3 * 32)
+    assert {facts[each]["solver"] for each in embeddings} == {"rtn"}
+    assert manifest["recoveries"] == []
+    assert inspection.verify(tmp_path / "out") == []
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {each for each, module in loaded.named_modules() if isinstance(module, QuantEmbedding)} == {*embeddings}
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = dense_twin(model, tmp_path / "out")(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(llmquant.load(tmp_path / "again")(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "spec", ["int4:g16:asym", "nvfp4", "fp8_e4m3:channel", "mx6", "kmeans3:channel", "ternary:g16"]
+)
+def test_quant_embedding(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = nn.Embedding(50, 48, padding_idx=3)
+    fmt = formats.get(spec).stored_for(torch.float32)
+    codes, grid = fmt.quantize(dense.weight.detach())
+    expected = nn.Embedding(50, 48, padding_idx=3, _weight=fmt.decode(codes, grid))
+    embedding = QuantEmbedding(fmt, dense)
+    embedding.load_state_dict(fmt.pack(codes, grid))
+    ids = torch.tensor([[7, 3, 7], [49, 0, 7]])
+    torch.testing.assert_close(embedding(ids), expected(ids), rtol=1e-6, atol=1e-6)
+    assert embedding(ids[:0]).shape == (0, 3, 48)
+    assert (embedding.padding_idx, embedding.num_embeddings, embedding.weight.shape) == (3, 50, (50, 48))
+    x = torch.randn(2, 48)
+    torch.testing.assert_close(x @ embedding.weight.T, x @ expected.weight.T, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(QuantEmbedding, "dequantize", lambda *args: pytest.fail("all of it was decoded"))
+    assert embedding.bfloat16()(ids).dtype == torch.bfloat16
+    with pytest.raises(PlanError, match="max_norm"):
+        QuantEmbedding(fmt, nn.Embedding(50, 48, max_norm=1.0))
+
+
 def test_a_rule_that_names_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = make_family(tmp_path / "model", "mobilenet")
     name = "mobilenet_v2.layer.3.conv_3x3.convolution"
@@ -273,7 +320,7 @@ def test_what_is_no_target() -> None:
     assert [target_of("", module) for module in modules] == [None] * len(modules)
     named = {"int4:g4": formats.get("int4:g4")}
     model = FAMILIES["bert"].model(FAMILIES["bert"].config())
-    for module in modules:
+    for module in modules[1:]:  # an embedding has a counterpart of its own
         model.extra = module
         with pytest.raises(CheckpointError, match=r"extra cannot be .* no linear layer and no plain convolution"):
             swap(model, {"extra": named["int4:g4"]})
