@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
-ENERGY_BLOCK = 512  # columns at a time, of which no library cuts a sum for the sake of threads
+TERMS = 512  # of a sum that are added up in one go: more than that MKL cuts up, by the number of threads
+SQUARE = 1024  # columns of a symmetric matrix that are worked on at once
 HELD = 1024  # tokens, at most, that are kept as they are, to judge a step on
 
 
@@ -58,12 +59,16 @@ class Stats:
         """Add tokens; those that are not finite in either stream are left out and counted."""
         x, x_ref, *rest = self._finite(x, x_ref, debt)
         self.tokens += len(x)
-        self.hessian.addmm_(x.T, x)
-        self.cross.addmm_((x_ref - x).T, x)
+        for part in x.split(TERMS):
+            _add_squares(self.hessian, part)
+        _mirror(self.hessian)
+        for part, part_ref in zip(x.split(TERMS), x_ref.split(TERMS), strict=True):
+            self.cross.addmm_((part_ref - part).T, part)
         if rest:
             if self.debt is None:
                 self.debt = torch.zeros(rest[0].shape[1], x.shape[1], device=x.device)
-            self.debt.addmm_(rest[0].T, x)
+            for part, lacking in zip(x.split(TERMS), rest[0].split(TERMS), strict=True):
+                self.debt.addmm_(lacking.T, part)
 
     def hold(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None, *, most: int = HELD) -> None:
         """Keep tokens to judge on, out of the sums; of more than `most` so many, evenly spread."""
@@ -160,15 +165,28 @@ def finite_rows(x: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, x).isfinite()
 
 
+def _add_squares(hessian: Tensor, x: Tensor) -> None:
+    """Add x^T x to the upper triangle of blocks of the Hessian (in, in), for x (tokens, in)."""
+    for start in range(0, len(hessian), SQUARE):
+        hessian[start : start + SQUARE, start:].addmm_(x[:, start : start + SQUARE].T, x[:, start:])
+
+
+def _mirror(hessian: Tensor) -> None:
+    """What lies below the blocks along the diagonal becomes what lies above them."""
+    for start in range(0, len(hessian), SQUARE):
+        stop = start + SQUARE
+        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
+
+
 def row_energy(w: Tensor, hessian: Tensor) -> Tensor:
     """w_r H w_r^T of every row of w (out, in) for a symmetric H: half of a product, and no copy of w."""
     total = w.new_zeros(len(w))
-    for start in range(0, w.shape[1], ENERGY_BLOCK):
-        own = w[:, start : start + ENERGY_BLOCK]
+    for start in range(0, w.shape[1], TERMS):
+        own = w[:, start : start + TERMS]
         stop = start + own.shape[1]
         felt = own @ hessian[start:stop, start:stop]
-        for later in range(stop, w.shape[1], ENERGY_BLOCK):
-            there = slice(later, later + ENERGY_BLOCK)
+        for later in range(stop, w.shape[1], TERMS):
+            there = slice(later, later + TERMS)
             felt.addmm_(w[:, there], hessian[there, start:stop], alpha=2)
         total += torch.linalg.vecdot(felt, own)
     return total

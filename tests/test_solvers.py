@@ -290,6 +290,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
+            stats.shared.clear()
             found.append(SOLVERS["gptq"](w, stats, fmt))
     finally:
         torch.set_num_threads(threads)
