@@ -59,7 +59,7 @@ class Work:
 
     batch: tokens that go through a block at once; curvature: the share of the tokens over which a backward pass goes;
     sampled: whether the model writes the tokens; tuning: steps of end-to-end tuning, and means, how it is done;
-    offload: hidden states on disk.
+    offload: hidden states on disk; ranks: processes, which share the tokens.
     """
 
     tokens: int = 0
@@ -69,6 +69,7 @@ class Work:
     tuning: int = 0
     means: Means | None = None
     offload: bool = False
+    ranks: int = 1
 
 
 def of_blocks(rows: Sequence[Row]) -> list[list[Row]]:
@@ -96,14 +97,15 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     curves = 0
     if work.curvature:
         curves = sum(4 * 32 * row.target.shape[0] for row in rows)  # G in blocks of 32, of every matrix
-    states = 0 if work.offload else 2 * work.tokens * hidden * model.dtype.itemsize
+    share = -(-work.tokens // work.ranks)
+    states = 0 if work.offload else 2 * share * hidden * model.dtype.itemsize
     backward = 0
     if work.curvature and not work.offload:
-        backward = int(work.curvature * work.tokens) * (len(blocks) + 1) * hidden * model.dtype.itemsize
+        backward = int(work.curvature * share) * (len(blocks) + 1) * hidden * model.dtype.itemsize
     backward += 4 * work.batch * sum(sum(row.target.shape) for row in blocks[0]) if work.curvature else 0
     tuning = outside + work.means.nbytes if work.means else 0
     together = max(_together([row for row in block if row.rule.solver in TUNERS], work.batch) for block in blocks)
-    solving += together + (work.tokens * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
+    solving += together + (share * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
     return BASE + curves + max(rounding, check, solving + passing + states, backward, tuning)
 
 
@@ -149,7 +151,7 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)
     high_operations *= 2 * 2 * work.tokens / 2  # two inputs are shared
     high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
-    return total + low * low_operations + flop(torch.float32) * high_operations
+    return total + (low * low_operations + flop(torch.float32) * high_operations) / work.ranks
 
 
 def _share(model: StreamedModel, row: Row) -> float:

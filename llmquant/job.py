@@ -12,6 +12,7 @@ import torch
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.plan import Plan
+from llmquant.ranks import SINGLE, Ranks
 from llmquant.recipe import Recipe
 from llmquant.version import __version__
 
@@ -78,6 +79,7 @@ class Prepared:
     plan: Plan
     length: int
     offload: Path | None = None  # where the hidden states of calibration lie, if not in memory
+    ranks: Ranks = SINGLE  # the processes that do it together
 
 
 def loading(job: Job) -> dict[str, Any]:

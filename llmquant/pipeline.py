@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
@@ -35,7 +36,8 @@ from llmquant.estimate import Row, Work
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
 from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
-from llmquant.plan import make_plan
+from llmquant.plan import Plan, make_plan
+from llmquant.ranks import Parcel, Ranks, join
 from llmquant.saving import restore, save_block, stored, stored_name
 from llmquant.scaling import Scales
 from llmquant.solving import solve_block, solve_outside
@@ -62,7 +64,9 @@ def prepare(
     memory. max_memory: bytes, beyond which the plan is refused. Neither changes a byte of the result.
     To rotate a model, its weights are read too: whether it can be is tried.
     """
-    check_usable(output, overwrite=overwrite)
+    ranks = join(job.device)
+    if ranks.first:
+        check_usable(output, overwrite=overwrite)
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     turning = partial(progress, "rotate")
@@ -77,12 +81,28 @@ def prepare(
                 f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
                 "those only: use --quality fast, which reads weights only"
             )
-        length = _length(model.config, calibration)
-    plan = make_plan(checkpoint, model, job.recipe, output, _work(job, length, offload), max_memory)
-    return Prepared(job, checkpoint, model, plan, length, offload)
+        length = ranks.alone(lambda: Parcel(_length(model.config, calibration))).facts
+    plan = make_plan(
+        checkpoint, model, job.recipe, output if ranks.first else None, _work(job, length, offload, ranks), max_memory
+    )
+    ranks.agree(_decisive(job, checkpoint, plan))
+    return Prepared(job, checkpoint, model, plan, length, offload, ranks)
 
 
-def _work(job: Job, length: int, offload: Path | None) -> Work:
+def _decisive(job: Job, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What must be the same for all processes for their results to be."""
+    return {
+        **{key: value for key, value in job.settings(checkpoint).items() if key != "source"},
+        "the plan": plan.modules(),
+        "the bytes of the model": plan.bytes_before,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "the processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _work(job: Job, length: int, offload: Path | None, ranks: Ranks) -> Work:
     calibration = job.calibration
     if calibration is None:
         return Work()
@@ -93,6 +113,7 @@ def _work(job: Job, length: int, offload: Path | None) -> Work:
         sampled=calibration.source == "self",
         tuning=job.tuning,
         offload=offload is not None,
+        ranks=ranks.count,
     )
 
 
@@ -106,44 +127,71 @@ def quantize(
     VerificationError where they are further apart than the format explains.
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
+    Of several processes the first has the folder; all return when it is done.
     """
-    job, model, plan = prepared.job, prepared.model, prepared.plan
+    settings = prepared.job.settings(prepared.checkpoint)
+    settings["codes_tuned"] = prepared.plan.tuning is not None and prepared.plan.tuning.shifts
+    if not prepared.ranks.first:
+        return _quantize(prepared, None, verify, silent)
+    with OutputFolder(output, settings, overwrite=overwrite) as folder:
+        return _quantize(prepared, folder, verify, progress)
+
+
+def _quantize(prepared: Prepared, folder: OutputFolder | None, verify: bool, progress: Progress) -> dict[str, Any]:
+    job, model, plan, ranks = prepared.job, prepared.model, prepared.plan, prepared.ranks
     blocks = len(model.block_names)
     shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
-    settings = {**job.settings(prepared.checkpoint), "codes_tuned": plan.tuning is not None and plan.tuning.shifts}
-    with OutputFolder(output, settings, overwrite=overwrite) as folder:
-        streams, curves = _calibrate(prepared, folder, progress)
-        places = [] if streams is None else _places(prepared, progress)
-        for block in range(blocks):
-            done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
-            step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
-            if block in folder.records and streams is None:
-                continue
-            model.load_block(block)
-            swap = WeightSwap()
-            if block in folder.records:
-                restore(prepared, folder, block, swap)
-            else:
-                scales = None if streams is None else Scales(streams, block, swap, places[block])
-                results = solve_block(prepared, block, streams, curves, swap, scales, step)
+    solved = set(ranks.alone(lambda: Parcel(list(folder.records) if folder else [])).facts)
+    streams, curves = _calibrate(prepared, folder, progress)
+    places = [] if streams is None else _places(prepared, progress)
+    for block in range(blocks):
+        done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
+        step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
+        if block in solved and streams is None:
+            continue
+        model.load_block(block)
+        swap = WeightSwap()
+        if block in solved:
+            restore(prepared, folder, block, swap)
+        else:
+            scales = None if streams is None else Scales(streams, block, swap, places[block])
+            results = solve_block(prepared, block, streams, curves, swap, scales, step)
+            if folder is not None:
                 keep_lean(folder, block, results)
                 changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
                 name = shard(block + 1, blocks + 1)
                 save_block(prepared, folder, block, name, results, changed=changed, noted=noted)
-            if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
-                streams.advance(block, swap)
-            model.unload_block(block)
-        if blocks not in folder.records:
-            save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), solve_outside(prepared, streams))
-        tuning = tune_all(prepared, folder, streams, progress) if streams is not None and job.tuning else {}
-        progress("finish", plan.weights, plan.weights)
-        folder.assemble(_config(prepared), prepared.checkpoint.companions())
-        manifest = {**_manifest(prepared, folder), **tuning}
-        if not verify:
-            folder.finish(manifest)
-            return manifest
-        found = _verify(prepared, folder, manifest, progress)
-        folder.finish(manifest | {"verification": found.to_json()})
+        if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
+            streams.advance(block, swap)
+        model.unload_block(block)
+    if blocks not in solved:
+        results = solve_outside(prepared, streams)
+        if folder is not None:
+            save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), results)
+    wanted = streams.gathered() if streams is not None and job.tuning else None
+    return ranks.alone(lambda: Parcel(_finish(prepared, folder, streams, wanted, verify, progress))).facts
+
+
+def _finish(
+    prepared: Prepared,
+    folder: OutputFolder | None,
+    streams: Streams | None,
+    wanted: Tensor | None,
+    verify: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What the first process does when all blocks are written. wanted: what leaves the last one in the reference."""
+    assert folder is not None
+    weights = prepared.plan.weights
+    tuning = {} if streams is None or wanted is None else tune_all(prepared, folder, streams, wanted, progress)
+    progress("finish", weights, weights)
+    folder.assemble(_config(prepared), prepared.checkpoint.companions())
+    manifest = {**_manifest(prepared, folder), **tuning}
+    if not verify:
+        folder.finish(manifest)
+        return manifest
+    found = _verify(prepared, folder, manifest, progress)
+    folder.finish(manifest | {"verification": found.to_json()})
     return manifest | {"verification": found.to_json() | {"seconds": found.seconds}}
 
 
@@ -155,19 +203,32 @@ def _progress_within(progress: Progress, what: str, before: int, total: int, don
 
 
 def _calibrate(
-    prepared: Prepared, folder: OutputFolder, progress: Progress
+    prepared: Prepared, folder: OutputFolder | None, progress: Progress
 ) -> tuple[Streams | None, dict[str, Tensor]]:
     """The streams that enter the first block, and the curvature where it is wanted."""
-    calibration = prepared.job.calibration
+    calibration, ranks = prepared.job.calibration, prepared.ranks
     if calibration is None:
         return None, {}
-    windows = folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
-    place = (prepared.offload or folder.partial) if prepared.plan.offload else None
-    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place)
+
+    def shown() -> Parcel:
+        assert folder is not None
+        return Parcel(None, folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)}))
+
+    windows = ranks.alone(shown).tensors["tokens"].cpu()
+    spill = prepared.offload or (Path(tempfile.gettempdir()) if folder is None else folder.partial)
+    place = spill if prepared.plan.offload else None
+    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place, ranks)
     if not calibration.curvature:
         return streams, {}
-    spill = place or folder.partial
-    return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, spill, progress))
+
+    def kept() -> Parcel:
+        known = folder is not None and folder.keeps(CURVATURE)
+        return Parcel(known, folder.kept(CURVATURE, dict) if folder is not None and known else {})
+
+    if (found := ranks.alone(kept)).facts:
+        return streams, found.tensors
+    curves = _curvature(prepared, windows, calibration, spill, progress)
+    return streams, curves if folder is None else folder.kept(CURVATURE, lambda: curves)
 
 
 def _curvature(
@@ -186,6 +247,7 @@ def _curvature(
             seed=prepared.job.seed,
             spill=spill,
             memory=0 if prepared.plan.offload else 2**32,
+            ranks=prepared.ranks,
             progress=partial(progress, "curvature"),
         )
     except PlanError as error:
@@ -257,8 +319,19 @@ def _places(prepared: Prepared, progress: Progress) -> list[list[Place]]:
     if not any(row.rule.solver in SCALED for row in prepared.plan.rows):
         return [[] for _ in prepared.model.block_names]
     checkpoint = prepared.checkpoint
-    model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
-    return equivalence.find_all(model, partial(progress, "scales"))
+
+    def find() -> Parcel:
+        model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
+        found = equivalence.find_all(model, partial(progress, "scales"))
+        numbered = {f"{block} {i}": place for block, places in enumerate(found) for i, place in enumerate(places)}
+        facts = [[(place.source, place.readers, place.offset) for place in places] for places in found]
+        return Parcel(facts, {number: place.rows for number, place in numbered.items()})
+
+    told = prepared.ranks.alone(find)
+    return [
+        [Place(source, tuple(readers), told.tensors[f"{block} {i}"], offset) for i, (source, readers, offset) in places]
+        for block, places in ((block, enumerate(of_block)) for block, of_block in enumerate(told.facts))
+    ]
 
 
 # ---- the end
