@@ -231,6 +231,8 @@ def _block_tuned(
         for name, result in mine.items():
             w = _original(swap, result.row)
             solution = solutions[name] if kept else result.solution
+            loss = energy(result.row.format.decode(solution.codes, solution.grid).sub_(w))  # not that of its outputs
+            solution = replace(solution, loss=loss)
             put(prepared, swap, result.row, solution)
             report = {**_report(result.row, w, solution, None, None), "solver": result.row.rule.solver, "steps": [step]}
             found[name] = Result(result.row, solution, report)

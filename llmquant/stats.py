@@ -10,7 +10,7 @@ from torch import Tensor
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
 HELD = 2048  # tokens, at most, that are kept as they are, to judge a step on
-SLAB = 512  # rows of a sum that are added up at once, by whichever process
+SLAB = 1024  # rows of a sum that are added up at once, by whichever process
 
 
 def slabs(rows: int) -> list[slice]:
