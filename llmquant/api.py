@@ -27,6 +27,7 @@ def quantize(
     solver: str = "auto",
     rotate: str = "none",
     calibration: str | None = None,
+    calibration_check: bool = True,
     samples: int | None = None,
     length: int | None = None,
     batch: int = 8,
@@ -45,11 +46,12 @@ def quantize(
 
     model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe;
     quality: fast, balanced or best; solver: a method by name instead, for a format by name; rotate: none, value or
-    residual; calibration: "self" (the model's own samples), a file or a dataset id; samples, length: windows and
-    tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by default the model's own;
-    offload: a folder for the hidden states of calibration; max_memory: bytes, beyond which the plan is refused;
-    verify: compare the result with the original before it gets its name; report: whether README.md and report.html
-    are written; progress(what, done, total) is called now and then.
+    residual; calibration: "self" (the model's own samples), a file or a dataset id; calibration_check: whether half of
+    it gives way to the model's own samples where it is not the kind of text that the model was made for; samples,
+    length: windows and tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by default
+    the model's own; offload: a folder for the hidden states of calibration; max_memory: bytes, beyond which the plan is
+    refused; verify: compare the result with the original before it gets its name; report: whether README.md and
+    report.html are written; progress(what, done, total) is called now and then.
 
     A run that was cut is taken up again by the same call. Raises the LlmquantError that says what is wrong, before any
     work wherever that can be known.
@@ -72,6 +74,7 @@ def quantize(
         format if isinstance(format, Recipe) else Recipe.uniform(format, solver=solver),
         quality=quality,
         calibration=calibration,
+        calibration_check=calibration_check,
         samples=samples,
         length=length,
         batch=batch,
@@ -133,6 +136,7 @@ def job_for(
     *,
     quality: str,
     calibration: str | None,
+    calibration_check: bool,
     samples: int | None,
     length: int | None,
     batch: int,
@@ -146,7 +150,7 @@ def job_for(
     if quality not in QUALITIES:
         raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
     preset = QUALITIES[quality]
-    shown = calibration_for(preset, calibration, samples, length, batch)
+    shown = calibration_for(preset, calibration, calibration_check, samples, length, batch)
     torch.manual_seed(seed)
     return pipeline.Job(
         model,
@@ -162,13 +166,13 @@ def job_for(
 
 
 def calibration_for(
-    preset: Quality, source: str | None, samples: int | None, length: int | None, batch: int
+    preset: Quality, source: str | None, check: bool, samples: int | None, length: int | None, batch: int
 ) -> pipeline.Calibration | None:
     """What a preset shows to the model."""
     if not preset.calibrated and source is None:
         return None
     windows = samples or (128 if preset.calibrated else 16)
-    return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature)
+    return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature, check=check)
 
 
 def default_device() -> str:

@@ -15,7 +15,7 @@ import typer
 from rich.table import Column, Table
 
 from llmquant import cli_check, cli_exchange
-from llmquant.card import alike, tuned, verified
+from llmquant.card import alike, fitted, tuned, verified
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
@@ -97,6 +97,14 @@ def quantize(
             ".safetensors with an int64 tensor named tokens, (windows, length) [self]."
         ),
     ] = None,
+    no_calibration_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-calibration-check",
+            help="Take text as it is, also where it is not of the kind that the model was made for; half of it is the "
+            "model's own samples then, otherwise.",
+        ),
+    ] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
     batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
@@ -150,6 +158,7 @@ def quantize(
         rules,
         quality=quality,
         calibration=calibration,
+        calibration_check=not no_calibration_check,
         samples=samples,
         length=length,
         batch=batch,
@@ -248,7 +257,7 @@ def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
-    summary |= {key: manifest[key] for key in ("recoveries", "experts") if manifest.get(key)}
+    summary |= {key: manifest[key] for key in ("recoveries", "experts", "calibration_fit") if manifest.get(key)}
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
     return summary
@@ -266,6 +275,8 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     out.print(table)
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
+    if fit := manifest.get("calibration_fit"):
+        out.print(f"calibration text: {fitted(fit)}", highlight=False, soft_wrap=True)
     if scaled := manifest["scaled"]:
         out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):
