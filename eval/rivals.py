@@ -328,6 +328,7 @@ def hqq(job: Job) -> Weights:
 
 METHODS: dict[str, Callable[[Job], Weights]] = {
     "llmquant-fast-calibrated": lambda job: llmquant(job, "fast", calibrated=True),
+    "llmquant-balanced-unchecked": lambda job: llmquant(job, "balanced", "--no-calibration-check"),
     "rtn": lambda job: rtn(job, "minmax"),
     "rtn-mse": lambda job: rtn(job, "mse"),
     # Methods as published, by the code of this project; of its hqq, too, the zero point is real.

@@ -102,7 +102,8 @@ def table(results: list[dict[str, Any]]) -> str:
     for names, found in sorted(cells.items()):
         means = {mode: fmean(values) for mode, values in found.items()}
         least = min(means.values())
-        shown = [f"**{means[mode]:.4f}**" if means[mode] == least else f"{means[mode]:.4f}" for mode in modes]
+        texts = {mode: f"**{mean:.4f}**" if mean == least else f"{mean:.4f}" for mode, mean in means.items()}
+        shown = [texts.get(mode, "") for mode in modes]
         lines.append(f"| {' | '.join(names)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

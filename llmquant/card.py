@@ -55,6 +55,15 @@ def fitted(found: dict[str, Any]) -> str:
     )
 
 
+def turned(found: dict[str, Any]) -> str:
+    """Which rotation was chosen, and why, in a line. found: what the manifest notes of it."""
+    if "reason" in found:
+        return f"{found['chosen']}: {found['reason']}"
+    tried = ", ".join(f"{mode} {kl:.4f}" for mode, kl in found["divergences"].items())
+    refused = "".join(f"; {mode} cannot be: {why}" for mode, why in found.get("refused", {}).items())
+    return f"{found['chosen']}: KL of plain rounding on random tokens: {tried}{refused}"
+
+
 def verified(found: dict[str, Any]) -> str:
     """What a verification says of outputs and logits, in a line. found: what the manifest notes of it."""
     if "unchecked" in found:
@@ -109,6 +118,7 @@ def text(facts: dict[str, Any]) -> str:
         ("matrices quantized", len(facts["tensors"])),
         ("kept as they are", ", ".join(f"`{kept['name']}`" for kept in facts["kept_dense"]) or "embeddings and head"),
         *([("calibration text", fitted(facts["calibration_fit"]))] if "calibration_fit" in facts else []),
+        *([("rotation", turned(facts["rotation"]))] if "rotation" in facts else []),
         *([("tuning of all blocks together", tuned(facts["tuning"]))] if "tuning" in facts else []),
         *([("verified", verified(facts["verification"]))] if "verification" in facts else []),
         *((f"recovered: `{name}`", what) for name, what in recovered(facts)),

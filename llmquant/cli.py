@@ -15,7 +15,7 @@ import typer
 from rich.table import Column, Table
 
 from llmquant import cli_check, cli_exchange
-from llmquant.card import alike, fitted, tuned, verified
+from llmquant.card import alike, fitted, tuned, turned, verified
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
@@ -88,7 +88,11 @@ def quantize(
         str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
     ] = None,
     rotate: Annotated[
-        str, typer.Option(help="Fold random rotations into the weights: none, value (of heads), residual (these too).")
+        str,
+        typer.Option(
+            help="Fold random rotations into the weights: none, value (of heads), residual (these too), or auto: the "
+            "best in a trial."
+        ),
     ] = "none",
     calibration: Annotated[
         str | None,
@@ -257,7 +261,9 @@ def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
-    summary |= {key: manifest[key] for key in ("recoveries", "experts", "calibration_fit") if manifest.get(key)}
+    summary |= {
+        key: manifest[key] for key in ("recoveries", "experts", "calibration_fit", "rotation") if manifest.get(key)
+    }
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
     return summary
@@ -277,6 +283,8 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
     if fit := manifest.get("calibration_fit"):
         out.print(f"calibration text: {fitted(fit)}", highlight=False, soft_wrap=True)
+    if rotation := manifest.get("rotation"):
+        out.print(f"rotation: {turned(rotation)}", highlight=False, soft_wrap=True)
     if scaled := manifest["scaled"]:
         out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):

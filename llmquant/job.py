@@ -59,7 +59,7 @@ class Job:
     dtype: torch.dtype | None = None
     tuning: int = 0
     trust_remote_code: bool = False
-    rotate: str = "none"  # one of rotation.MODES
+    rotate: str = "none"  # one of rotation.MODES, or rotation.AUTO until it is known which
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {
@@ -84,6 +84,7 @@ class Prepared:
     model: StreamedModel
     plan: Plan
     length: int
+    rotation: dict[str, Any] | None = None  # how it was chosen, if that was left open
     offload: Path | None = None  # where the hidden states of calibration lie, if not in memory
 
 

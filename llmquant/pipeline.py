@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import chats, domain, equivalence, recovery, rotation, text, verification
+from llmquant import chats, domain, equivalence, recovery, rotation, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
+from llmquant.card import turned
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.endtoend import keep_lean, tune_all
@@ -66,9 +67,10 @@ def prepare(
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     turning = partial(progress, "rotate")
-    checkpoint, model = rotation.opened(
-        Checkpoint(locate(job.model)), job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job)
-    )
+    base = Checkpoint(locate(job.model))
+    chosen = _rotation(job, base, output, progress) if job.rotate == rotation.AUTO else None
+    job = job if chosen is None else replace(job, rotate=chosen["chosen"])
+    checkpoint, model = rotation.opened(base, job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job))
     calibration = job.calibration
     length = 0
     if calibration is not None:
@@ -79,7 +81,37 @@ def prepare(
             )
         length = _length(model.config, calibration)
     plan = make_plan(checkpoint, model, job.recipe, output, _work(job, length, offload), max_memory)
-    return Prepared(job, checkpoint, model, plan, length, offload)
+    if chosen is not None:
+        plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
+    return Prepared(job, checkpoint, model, plan, length, chosen, offload)
+
+
+def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> dict[str, Any]:
+    """Which rotation, and why: by a trial of each, but where scales are moved, which holds outliers and costs less.
+
+    Measured with `balanced`: eval/results/rotations.json.
+    """
+    calibrated = job.calibration is not None
+    rules = job.recipe.settled(calibrated).rules
+    if any(rule.solver in SCALED for rule in rules if rule.format is not None):
+        return {"chosen": "none", "reason": "scales are moved instead, which holds outliers and costs less"}
+    found: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for mode in rotation.MODES:
+        step = partial(progress, f"try rotation {mode}")
+        try:
+            checkpoint, model = rotation.opened(base, mode, job.seed, dtype=job.dtype, **loading(job))
+        except PlanError as error:
+            if mode == "none":
+                raise
+            refused[mode] = str(error)
+            continue
+        if not model.causal:
+            return {"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"}
+        rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
+        windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
+        found[mode] = trial.divergence(model, rows, windows, step)
+    return trial.decide(found) | ({"refused": refused} if refused else {})
 
 
 def _work(job: Job, length: int, offload: Path | None) -> Work:
@@ -352,6 +384,7 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         "kept_dense": [asdict(kept) for kept in plan.kept],
         "recoveries": recovery.of_run(reports),
         **_fit(folder),
+        **({} if prepared.rotation is None else {"rotation": prepared.rotation}),
         **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
         "scaled": scaled,
         "tensors": reports,

@@ -70,6 +70,7 @@ FORBIDDEN = {
     "domain": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "equivalence": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "rotation": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
+    "trial": ["pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "scaling": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "linear": [*WRITING, "hf", "checkpoint"],
