@@ -6,8 +6,8 @@ import json
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_every_second_is_counted_once() -> None:
             inner()
         with phases.phase("whole", whole=True):
             inner()
-        with pytest.raises(ValueError), phases.phase("failed"):
-            raise ValueError
+        with pytest.raises(ValueError, match="wrong"), phases.phase("failed"):
+            raise ValueError("wrong")
         inner()
     took = time.perf_counter() - start
     assert set(seconds) == {"rest", "outer", "inner", "whole", "failed"}
@@ -65,6 +65,10 @@ def test_a_run_tells_its_phases_and_the_file_does_not(pycode: Path, tmp_path: Pa
 # ---- writing beside solving
 
 
+def fail() -> None:
+    raise OutputError("the disk is full")
+
+
 def shard(folder: OutputFolder, part: int) -> None:
     folder.write_shard(part, f"{part}.safetensors", {"w": torch.full((4,), float(part))}, lambda read: {})
 
@@ -81,7 +85,7 @@ def test_parts_are_added_in_order_one_at_a_time(tmp_path: Path) -> None:
 
     with OutputFolder(tmp_path / "out", {}) as folder:
         for part in range(4):
-            folder.later(lambda part=part: add(part))
+            folder.later(partial(add, part))
             assert set(folder.records) >= set(range(part))  # all but the last are on the disk
         folder.settle()
         assert list(folder.records) == [0, 1, 2, 3]
@@ -92,40 +96,46 @@ def test_parts_are_added_in_order_one_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("notices", ["later", "settle", "kept", "end"])
 def test_what_goes_wrong_beside_is_raised(notices: str, tmp_path: Path) -> None:
-    def fail() -> None:
-        raise OutputError("the disk is full")
+    def run() -> None:
+        with OutputFolder(tmp_path / "out", {}) as folder:
+            folder.later(fail)
+            if notices == "later":
+                folder.later(lambda: None)
+            elif notices == "settle":
+                folder.settle()
+            elif notices == "kept":
+                folder.kept("kept-x.safetensors", lambda: {"x": torch.ones(1)})
+            assert notices == "end"
 
-    with pytest.raises(OutputError, match="the disk is full"), OutputFolder(tmp_path / "out", {}) as folder:
-        folder.later(fail)
-        if notices == "later":
-            folder.later(lambda: None)
-        elif notices == "settle":
-            folder.settle()
-        elif notices == "kept":
-            folder.kept("kept-x.safetensors", lambda: {"x": torch.ones(1)})
-        assert notices == "end"
+    with pytest.raises(OutputError, match="the disk is full"):
+        run()
     assert not (tmp_path / "out").exists()
 
 
 def test_a_cut_run_keeps_what_was_being_written(tmp_path: Path) -> None:
-    def slow() -> None:
+    def slow(folder: OutputFolder) -> None:
         time.sleep(0.05)
         shard(folder, 0)
 
-    with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path / "out", {}) as folder:
-        folder.later(slow)
-        raise KeyboardInterrupt
+    def run() -> None:
+        with OutputFolder(tmp_path / "out", {}) as folder:
+            folder.later(partial(slow, folder))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     with OutputFolder(tmp_path / "out", {}) as folder:
         assert list(folder.records) == [0]
 
 
 def test_a_cut_run_tells_of_both_errors(tmp_path: Path) -> None:
-    def fail() -> None:
-        raise OutputError("the disk is full")
+    def run() -> None:
+        with OutputFolder(tmp_path / "out", {}) as folder:
+            folder.later(fail)
+            raise ValueError("first")
 
-    with pytest.raises(ValueError, match="first") as caught, OutputFolder(tmp_path / "out", {}) as folder:
-        folder.later(fail)
-        raise ValueError("first")
+    with pytest.raises(ValueError, match="first") as caught:
+        run()
     assert "the disk is full" in caught.value.__notes__[0]
 
 
@@ -157,11 +167,14 @@ def test_tensors_are_asked_for_by_their_own_bytes(
 def test_a_run_asks_for_each_block_while_the_one_before_is_solved(
     pycode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events: list[Any] = []
+    events: list[str] = []
     prefetch = Checkpoint.prefetch
-    monkeypatch.setattr(
-        Checkpoint, "prefetch", lambda self, names: (events.append(names[0].split(".")[2]), prefetch(self, names))[1]
-    )
+
+    def noted(self: Checkpoint, names: list[str]) -> None:
+        events.append(names[0].split(".")[2])
+        prefetch(self, names)
+
+    monkeypatch.setattr(Checkpoint, "prefetch", noted)
     quantize(pycode, tmp_path / "a")
     assert events == ["1", "2", "3", "4", "5"]
     monkeypatch.delattr(os, "posix_fadvise")
