@@ -95,6 +95,8 @@ FORBIDDEN = {
     "card": [*(room for room in WRITING if room != "recipe"), "checkpoint", "formats", "hf", "linear"],
     "charts": [room for room in WRITING if room != "exchange"],
     "report": [*WRITING, "checkpoint", "formats", "hf", "linear"],
+    "hub": [*WRITING, "checkpoint", "formats", "hf", "linear"],
+    "vllm_plugin": [*WRITING, "checkpoint", "hf", "linear"],
     "description": [*(room for room in WRITING if room != "output"), "hf", "linear"],
     "comparison": [*WRITING, "hf", "linear"],
     "cli_common": [*WRITING, "hf", "linear"],
