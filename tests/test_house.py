@@ -73,6 +73,7 @@ FORBIDDEN = {
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
+    "phases": ["*"],
     "hf": [room for room in WRITING if room != "exchange"],
     "metrics": [*WRITING, "hf", "linear"],
     "chats": [*WRITING, "checkpoint", "hf", "linear", "formats", "metrics", "text"],
