@@ -56,16 +56,17 @@ def quantize(
     A run that was cut is taken up again by the same call. Raises the LlmquantError that says what is wrong, before any
     work wherever that can be known.
 
-    >>> facts = llmquant.quantize(MODEL, OUTPUT / "int4", format="int4:g64", quality="fast")
-    >>> facts["bits_per_weight"], len(facts["tensors"])
-    (4.2542..., 42)
+    Examples:
+        >>> facts = llmquant.quantize(MODEL, OUTPUT / "int4", format="int4:g64", quality="fast")
+        >>> facts["bits_per_weight"], len(facts["tensors"])
+        (4.2542..., 42)
 
-    A recipe has rules by name, of which the first that matches counts:
+        A recipe has rules by name, of which the first that matches counts:
 
-    >>> rules = [llmquant.Rule("*.down_proj", "int8:g128"), llmquant.Rule("*", "int4:g128")]
-    >>> facts = llmquant.quantize(MODEL, OUTPUT / "mixed", format=llmquant.Recipe(tuple(rules)), quality="fast")
-    >>> sorted({tensor["format"] for tensor in facts["tensors"]})
-    ['int4:g128:bf16', 'int8:g128:bf16']
+        >>> rules = [llmquant.Rule("*.down_proj", "int8:g128"), llmquant.Rule("*", "int4:g128")]
+        >>> facts = llmquant.quantize(MODEL, OUTPUT / "mixed", format=llmquant.Recipe(tuple(rules)), quality="fast")
+        >>> sorted({tensor["format"] for tensor in facts["tensors"]})
+        ['int4:g128:bf16', 'int8:g128:bf16']
     """
     if isinstance(format, Recipe) and solver != "auto":
         raise PlanError(f"solver {solver!r} beside a recipe: its rules name the solvers")
@@ -104,10 +105,11 @@ def export(source: str | Path, output: str | Path, to: str, *, overwrite: bool =
     to: compressed-tensors, gptq, gguf or dense. Returns notes for the user. Raises PlanError, naming the tensor, for
     what the target cannot express.
 
-    >>> llmquant.quantize(MODEL, OUTPUT / "mxfp4", format="mxfp4", quality="fast")["bits_per_weight"]
-    4.25
-    >>> llmquant.export(OUTPUT / "mxfp4", OUTPUT / "dense", "dense")
-    []
+    Examples:
+        >>> llmquant.quantize(MODEL, OUTPUT / "mxfp4", format="mxfp4", quality="fast")["bits_per_weight"]
+        4.25
+        >>> llmquant.export(OUTPUT / "mxfp4", OUTPUT / "dense", "dense")
+        []
     """
     from llmquant.exchange import export as exchange
 
@@ -120,10 +122,11 @@ def convert(source: str | Path, output: str | Path, *, overwrite: bool = False) 
     source: a folder or a hub id. Returns what the folder's llmquant.json says. Raises PlanError, naming the module,
     for what no format here can hold.
 
-    >>> facts = llmquant.quantize(MODEL, OUTPUT / "nvfp4", format="nvfp4", quality="fast")
-    >>> notes = llmquant.export(OUTPUT / "nvfp4", OUTPUT / "for-vllm", "compressed-tensors")
-    >>> llmquant.convert(OUTPUT / "for-vllm", OUTPUT / "back")["tensors"][0]["format"]
-    'nvfp4'
+    Examples:
+        >>> facts = llmquant.quantize(MODEL, OUTPUT / "nvfp4", format="nvfp4", quality="fast")
+        >>> notes = llmquant.export(OUTPUT / "nvfp4", OUTPUT / "for-vllm", "compressed-tensors")
+        >>> llmquant.convert(OUTPUT / "for-vllm", OUTPUT / "back")["tensors"][0]["format"]
+        'nvfp4'
     """
     from llmquant.exchange import convert as exchange
 
@@ -196,11 +199,12 @@ def evaluate(
     source: a text, JSON, JSONL or parquet file, or a dataset id; window: tokens a window, by default 2048 or the
     model's limit; max_windows: measure on the first ones only; dtype: of the activations.
 
-    >>> TEXT.write_text(Path(llmquant.__file__).parent.joinpath("hf.py").read_text()) > 0
-    True
-    >>> found = llmquant.evaluate(MODEL, str(TEXT), reference=MODEL, max_windows=2)
-    >>> found["kl_mean"], found["model"]["perplexity"] == found["reference"]["perplexity"]
-    (0.0, True)
+    Examples:
+        >>> TEXT.write_text(Path(llmquant.__file__).parent.joinpath("hf.py").read_text()) > 0
+        True
+        >>> found = llmquant.evaluate(MODEL, str(TEXT), reference=MODEL, max_windows=2)
+        >>> found["kl_mean"], found["model"]["perplexity"] == found["reference"]["perplexity"]
+        (0.0, True)
     """
     windows, vocabulary = evaluation_windows(str(model), source, protocol, window, max_windows, trust_remote_code)
     return measure(
