@@ -20,6 +20,7 @@ from llmquant.errors import DataError
 from llmquant.experts import Watch
 from llmquant.matrices import Target
 from llmquant.offload import room
+from llmquant.phases import phase
 from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stats import EXPERT_BYTES, HELD, Stats, energy
 
@@ -50,6 +51,7 @@ class Streams:
     _seen: Seen | None = None  # of the block at hand
 
     @classmethod
+    @phase("forward")
     def start(
         cls,
         model: StreamedModel,
@@ -112,6 +114,7 @@ class Streams:
         """The numbers of the windows in each of this process's batches."""
         return self.batches[self.ranks.rank :: self.ranks.count]
 
+    @phase("forward")
     def advance(self, block: int, swap: WeightSwap) -> None:
         """Both streams through the block: the reference with the original weights, the other with the new ones."""
         seen = self._seen_of(block)
@@ -128,6 +131,7 @@ class Streams:
             else:
                 self.reference[i], self.quantized[i] = reference, quantized
 
+    @phase("forward")
     def remember(self, block: int, order: list[Stage]) -> None:
         """Keep what enters the stages of a block, and leaves it, in the reference, if that is not too much.
 
@@ -180,6 +184,7 @@ class Streams:
             stats = self._of_linears(block, stage, swap)
             yield from ((target, stats) for target in stage.targets if target.name in mine)
 
+    @phase("statistics")
     def _of_linears(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
         stats = self._empty(stage.targets[0])
@@ -207,6 +212,7 @@ class Streams:
             return Parcel(None, {"x": x, "x_ref": x_ref})
         return Parcel(None, {"x": x, "x_ref": x_ref, "debt": carried_ref - carried})
 
+    @phase("forward")
     def inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """What enters a stage, and the residual stream that its output is added to, where it is."""
         found: list[Tensor] = []
@@ -231,6 +237,7 @@ class Streams:
                 handle.remove()
         return next(iter(found), None), next(iter(carried), None)
 
+    @phase("forward")
     def behind_blocks(self, target: Target) -> Stats | None:
         """Statistics of the input of a linear outside the blocks, once the streams have left the last of them.
 
@@ -298,6 +305,7 @@ class Streams:
     def _empty(self, target: Target) -> Stats:
         return Stats.empty(target.shape[1], self.model.device, (self.ranks.rank, self.ranks.count))
 
+    @phase("statistics")
     def _add(self, stats: Stats, held: bool, found: dict[str, Tensor]) -> None:
         """Tokens of a batch to the sums, or to those held out. found: x, x_ref and debt, as far as there are any."""
         if found and held:
@@ -305,6 +313,7 @@ class Streams:
         elif found:
             stats.update(**found)
 
+    @phase("forward")
     def _into_experts(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> Parcel:
         """What enters each expert of a parameter in batch i, in both streams: the experts, and "expert x" and
         "expert x_ref" (tokens, in).
@@ -356,6 +365,7 @@ class Streams:
         tensors = {f"{expert} {name}": xs[expert] for expert in found for name, xs in pairs.items()}
         return Parcel(list(found), tensors)
 
+    @phase("forward")
     def output(self, block: int, name: str, hidden: Tensor, call: Call) -> Tensor:
         """What the module of that name in memory puts out when the block runs; of several things, the first."""
         found: list[Tensor] = []
@@ -373,6 +383,7 @@ class Streams:
             handle.remove()
         return found[0]
 
+    @phase("forward")
     def block_error(self, block: int, swap: WeightSwap, curvature: Tensor | None) -> float:
         """How far the block's outputs, as it is now, are from the reference on held-out tokens: the mean of e^T G e.
 
@@ -394,6 +405,7 @@ class Streams:
         totals, tokens = zip(*self.ranks.interleaved(own), strict=True)
         return sum(totals) / max(1, sum(tokens))
 
+    @phase("forward")
     def outputs(self, block: int, swap: WeightSwap) -> list[Tensor]:
         """What the block puts out in the reference, for the batches that are not held out."""
         with swap.original():
@@ -401,6 +413,7 @@ class Streams:
                 self._run(block, self.reference[i], calls) for i, calls in enumerate(self.calls) if not self.held[i]
             ]
 
+    @phase("forward")
     def gradient(
         self, block: int, batch: int, wanted: Tensor, targets: list[Target]
     ) -> tuple[float, dict[str, Tensor]]:
@@ -497,6 +510,7 @@ class Stage:
     scale: Tensor | None = None
 
 
+@phase("forward")
 def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:
     """The block's targets in the order in which they are called, those that share one input tensor together.
 

@@ -6,9 +6,10 @@ import logging
 import math
 import platform
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import chats, equivalence, recovery, rotation, text, verification
+from llmquant import chats, domain, equivalence, recovery, rotation, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
+from llmquant.card import turned
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.endtoend import keep_lean, tune_all
@@ -36,6 +38,7 @@ from llmquant.estimate import Row, Work
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
 from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
+from llmquant.phases import phase, timed
 from llmquant.plan import Plan, make_plan
 from llmquant.ranks import Parcel, Ranks, join
 from llmquant.saving import restore, save_block, stored, stored_name
@@ -70,9 +73,12 @@ def prepare(
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     turning = partial(progress, "rotate")
-    checkpoint, model = rotation.opened(
-        Checkpoint(locate(job.model)), job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job)
-    )
+    base = Checkpoint(locate(job.model))
+    chosen = None
+    if job.rotate == rotation.AUTO:
+        chosen = ranks.alone(partial(_rotation, job, base, output, progress)).facts
+    job = job if chosen is None else replace(job, rotate=chosen["chosen"])
+    checkpoint, model = rotation.opened(base, job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job))
     calibration = job.calibration
     length = 0
     if calibration is not None:
@@ -82,11 +88,12 @@ def prepare(
                 "those only: use --quality fast, which reads weights only"
             )
         length = ranks.alone(lambda: Parcel(_length(model.config, calibration))).facts
-    plan = make_plan(
-        checkpoint, model, job.recipe, output if ranks.first else None, _work(job, length, offload, ranks), max_memory
-    )
+    place = output if ranks.first else None
+    plan = make_plan(checkpoint, model, job.recipe, place, _work(job, length, offload, ranks), max_memory)
     ranks.agree(_decisive(job, checkpoint, plan))
-    return Prepared(job, checkpoint, model, plan, length, offload, ranks)
+    if chosen is not None:
+        plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
+    return Prepared(job, checkpoint, model, plan, length, chosen, offload, ranks)
 
 
 def _decisive(job: Job, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -102,6 +109,34 @@ def _decisive(job: Job, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     }
 
 
+def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> Parcel:
+    """Which rotation, and why: by a trial of each, but where scales are moved, which holds outliers and costs less.
+
+    Measured with `balanced`: eval/results/rotations.json.
+    """
+    calibrated = job.calibration is not None
+    rules = job.recipe.settled(calibrated).rules
+    if any(rule.solver in SCALED for rule in rules if rule.format is not None):
+        return Parcel({"chosen": "none", "reason": "scales are moved instead, which holds outliers and costs less"})
+    found: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for mode in rotation.MODES:
+        step = partial(progress, f"try rotation {mode}")
+        try:
+            checkpoint, model = rotation.opened(base, mode, job.seed, dtype=job.dtype, **loading(job))
+        except PlanError as error:
+            if mode == "none":
+                raise
+            refused[mode] = str(error)
+            continue
+        if not model.causal:
+            return Parcel({"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"})
+        rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
+        windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
+        found[mode] = trial.divergence(model, rows, windows, step)
+    return Parcel(trial.decide(found) | ({"refused": refused} if refused else {}))
+
+
 def _work(job: Job, length: int, offload: Path | None, ranks: Ranks) -> Work:
     calibration = job.calibration
     if calibration is None:
@@ -111,6 +146,7 @@ def _work(job: Job, length: int, offload: Path | None, ranks: Ranks) -> Work:
         batch=min(calibration.batch, calibration.samples) * length,
         curvature=calibration.curvature,
         sampled=calibration.source == "self",
+        checked=min(domain.TOKENS, calibration.samples * length) if calibration.checked else 0,
         tuning=job.tuning,
         offload=offload is not None,
         ranks=ranks.count,
@@ -124,7 +160,8 @@ def quantize(
     """Carry out the plan, or what is left of it from a run that was cut. Returns the manifest.
 
     verify: read the result back and compare it with the original (see verification.py) before it gets its name. Raises
-    VerificationError where they are further apart than the format explains.
+    VerificationError where they are further apart than the format explains. In what is returned, but not in the file,
+    are "phases", seconds by what was done, and "behind", those of the writing that went on beside it.
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
     Of several processes the first has the folder; all return when it is done.
@@ -138,38 +175,21 @@ def quantize(
 
 
 def _quantize(prepared: Prepared, folder: OutputFolder | None, verify: bool, progress: Progress) -> dict[str, Any]:
-    job, model, plan, ranks = prepared.job, prepared.model, prepared.plan, prepared.ranks
-    blocks = len(model.block_names)
-    shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
-    solved = set(ranks.alone(lambda: Parcel(list(folder.records) if folder else [])).facts)
-    streams, curves = _calibrate(prepared, folder, progress)
-    places = [] if streams is None else _places(prepared, progress)
-    for block in range(blocks):
-        done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
-        step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
-        if block in solved and streams is None:
-            continue
-        model.load_block(block)
-        swap = WeightSwap()
-        if block in solved:
-            restore(prepared, folder, block, swap)
-        else:
-            scales = None if streams is None else Scales(streams, block, swap, places[block])
-            results = solve_block(prepared, block, streams, curves, swap, scales, step)
+    ranks, blocks = prepared.ranks, len(prepared.model.block_names)
+    with timed() as seconds:
+        solved = set(ranks.alone(lambda: Parcel(list(folder.records) if folder else [])).facts)
+        streams, curves = _calibrate(prepared, folder, progress)
+        places = _places(prepared)
+        for block in range(blocks):
+            if block not in solved or streams is not None:
+                _do_block(prepared, folder, block, block in solved, streams, curves, places, progress)
+        if blocks not in solved:
+            results = solve_outside(prepared, streams)
             if folder is not None:
-                keep_lean(folder, block, results)
-                changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
-                name = shard(block + 1, blocks + 1)
-                save_block(prepared, folder, block, name, results, changed=changed, noted=noted)
-        if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
-            streams.advance(block, swap)
-        model.unload_block(block)
-    if blocks not in solved:
-        results = solve_outside(prepared, streams)
-        if folder is not None:
-            save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), results)
-    wanted = streams.gathered() if streams is not None and job.tuning else None
-    return ranks.alone(lambda: Parcel(_finish(prepared, folder, streams, wanted, verify, progress))).facts
+                folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
+        wanted = streams.gathered() if streams is not None and prepared.job.tuning else None
+        ended = ranks.alone(partial(_finish, prepared, folder, streams, wanted, verify, progress))
+    return ended.facts | {"phases": dict(seconds), "behind": 0.0 if folder is None else folder.behind}
 
 
 def _finish(
@@ -179,20 +199,82 @@ def _finish(
     wanted: Tensor | None,
     verify: bool,
     progress: Progress,
-) -> dict[str, Any]:
-    """What the first process does when all blocks are written. wanted: what leaves the last one in the reference."""
+) -> Parcel:
+    """What the first process does when all blocks are solved: the manifest. wanted: what leaves the last one in the
+    reference, for tuning.
+    """
     assert folder is not None
-    weights = prepared.plan.weights
-    tuning = {} if streams is None or wanted is None else tune_all(prepared, folder, streams, wanted, progress)
-    progress("finish", weights, weights)
-    folder.assemble(_config(prepared), prepared.checkpoint.companions())
-    manifest = {**_manifest(prepared, folder), **tuning}
-    if not verify:
+    plan = prepared.plan
+    folder.settle()
+    tuning: dict[str, Any] = {}
+    if streams is not None and wanted is not None:
+        with phase("tune", whole=True):
+            tuning = tune_all(prepared, folder, streams, wanted, progress)
+    progress("finish", plan.weights, plan.weights)
+    with phase("finish", whole=True):
+        folder.assemble(_config(prepared), prepared.checkpoint.companions())
+        manifest = {**_manifest(prepared, folder), **tuning}
+    timeless: dict[str, Any] = {}
+    if verify:
+        with phase("verify", whole=True):
+            found = _verify(prepared, folder, manifest, progress)
+        manifest["verification"] = found.to_json()
+        timeless = {"verification": found.to_json() | {"seconds": found.seconds}}
+    with phase("finish", whole=True):
         folder.finish(manifest)
-        return manifest
-    found = _verify(prepared, folder, manifest, progress)
-    folder.finish(manifest | {"verification": found.to_json()})
-    return manifest | {"verification": found.to_json() | {"seconds": found.seconds}}
+    return Parcel(manifest | timeless)
+
+
+def _do_block(
+    prepared: Prepared,
+    folder: OutputFolder | None,
+    block: int,
+    solved: bool,
+    streams: Streams | None,
+    curves: dict[str, Tensor],
+    places: Iterator[list[Place]],
+    progress: Progress,
+) -> None:
+    """Solve a block, or take what an earlier run left of it; have it written; advance the streams.
+
+    solved: whether an earlier run did. What was read of the block, and what was solved, is let go of at the end, but
+    for what is still being written.
+    """
+    job, model, plan = prepared.job, prepared.model, prepared.plan
+    blocks = len(model.block_names)
+    step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", _done(plan, block), plan.weights)
+    step(0)
+    if block + 1 < blocks:
+        prepared.checkpoint.prefetch(model.block_keys(block + 1))
+    with phase("scales", whole=True):
+        own_places = next(places)
+    with phase("load"):
+        model.load_block(block)
+    swap = WeightSwap()
+    if solved:
+        restore(prepared, folder, block, swap)
+    else:
+        scales = None if streams is None else Scales(streams, block, swap, own_places)
+        results = solve_block(prepared, block, streams, curves, swap, scales, step)
+        if folder is not None:
+            keep_lean(folder, block, results)
+            changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
+            name = _shard(prepared, block)
+            folder.later(partial(save_block, prepared, folder, block, name, results, changed=changed, noted=noted))
+    if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
+        streams.advance(block, swap)
+    with phase("load"):
+        model.unload_block(block)
+
+
+def _shard(prepared: Prepared, part: int) -> str:
+    """The file of a block, or of what lies outside them, the last."""
+    return f"model-{part + 1:05d}-of-{len(prepared.model.block_names) + 1:05d}.safetensors"
+
+
+def _done(plan: Plan, block: int) -> int:
+    """Weights before a block."""
+    return sum(row.weights for row in plan.rows if row.block is not None and row.block < block)
 
 
 def _progress_within(progress: Progress, what: str, before: int, total: int, done: int) -> None:
@@ -212,7 +294,7 @@ def _calibrate(
 
     def shown() -> Parcel:
         assert folder is not None
-        return Parcel(None, folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)}))
+        return Parcel(None, folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress)))
 
     windows = ranks.alone(shown).tensors["tokens"].cpu()
     spill = prepared.offload or (Path(tempfile.gettempdir()) if folder is None else folder.partial)
@@ -231,6 +313,7 @@ def _calibrate(
     return streams, curves if folder is None else folder.kept(CURVATURE, lambda: curves)
 
 
+@phase("curvature", whole=True)
 def _curvature(
     prepared: Prepared, windows: Tensor, calibration: Calibration, spill: Path, progress: Progress
 ) -> dict[str, Tensor]:
@@ -263,8 +346,44 @@ def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> 
     return text.window_length(config, calibration.length or min(512, text.window_length(config)))
 
 
+def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
+    """What calibration shows: tokens (samples, length) int64; where text was looked at, excess, how far it is from what
+    the model was made for, nats a token, and own (samples,) bool, the windows that the model wrote anew for that.
+
+    Calibrated on such text alone a model can end worse than without any; half of it in its own words, nearly as on the
+    right text.
+    """
+    windows = _windows(prepared, calibration, progress)
+    if not calibration.checked:
+        return {"tokens": windows}
+    looking = partial(progress, "look at text")
+    with phase("forward", whole=True):
+        found = domain.excess(prepared.model, windows, batch=calibration.batch, progress=looking)
+    own = torch.zeros(len(windows), dtype=torch.bool)
+    if found > domain.MOST:
+        own[torch.arange(len(windows) - 1, -1, -2)] = True  # of those summed and of those held out
+        what = (
+            f"{calibration.source}: is not the kind of text that the model was made for: its tokens cost it "
+            f"{found:.2f} nats more than it expects, and {domain.MOST} are allowed"
+        )
+        try:
+            windows[own] = _sampled(prepared, int(own.sum()), progress)
+        except DataError as error:
+            raise DataError(
+                f"{what}; and half of the windows cannot be the model's own samples instead: {error}; or take the text "
+                "as it is with --no-calibration-check"
+            ) from error
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d windows are the model's own samples instead; give other text, or leave --calibration away",
+            what,
+            int(own.sum()),
+            len(windows),
+        )
+    return {"tokens": windows, "excess": torch.tensor(found, dtype=torch.float64), "own": own}
+
+
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
-    """Calibration tokens (samples, length) int64."""
+    """Calibration tokens (samples, length) int64, as they were asked for."""
     job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     if text.holds_tokens(calibration.source):
         return text.read_tokens(calibration.source, count=calibration.samples, vocabulary=config.vocab_size)
@@ -273,6 +392,13 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
         return text.calibration_windows(
             tokenizer, calibration.source, count=calibration.samples, length=prepared.length, seed=job.seed
         )
+    return _sampled(prepared, calibration.samples, progress)
+
+
+@phase("sample", whole=True)
+def _sampled(prepared: Prepared, count: int, progress: Progress) -> Tensor:
+    """Windows (count, length) int64 that the model writes by itself."""
+    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     _check_room(prepared)
     model = loader_of(prepared.checkpoint.config()).from_pretrained(
         folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
@@ -280,7 +406,7 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
     windows = text.sample_windows(
         model.to(job.device).eval(),
         bos_token_id=config.bos_token_id,
-        count=calibration.samples,
+        count=count,
         length=prepared.length,
         seed=job.seed,
         turns=_turns(prepared),
@@ -314,24 +440,26 @@ def _check_room(prepared: Prepared) -> None:
         )
 
 
-def _places(prepared: Prepared, progress: Progress) -> list[list[Place]]:
-    """Of every block, where scales can be moved, if a solver wants it; float32 shows it."""
-    if not any(row.rule.solver in SCALED for row in prepared.plan.rows):
-        return [[] for _ in prepared.model.block_names]
-    checkpoint = prepared.checkpoint
+def _places(prepared: Prepared) -> Iterator[list[Place]]:
+    """Of block after block, where scales can be moved, if a solver wants it; float32 shows it."""
+    if prepared.job.calibration is None or not any(row.rule.solver in SCALED for row in prepared.plan.rows):
+        yield from repeat([])
+    checkpoint, found = prepared.checkpoint, iter(list[list[Place]]())
+    if prepared.ranks.first:
+        model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
+        found = equivalence.find_all(model)
 
     def find() -> Parcel:
-        model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
-        found = equivalence.find_all(model, partial(progress, "scales"))
-        numbered = {f"{block} {i}": place for block, places in enumerate(found) for i, place in enumerate(places)}
-        facts = [[(place.source, place.readers, place.offset) for place in places] for places in found]
-        return Parcel(facts, {number: place.rows for number, place in numbered.items()})
+        places = next(found)
+        facts = [(place.source, place.readers, place.offset) for place in places]
+        return Parcel(facts, {str(number): place.rows for number, place in enumerate(places)})
 
-    told = prepared.ranks.alone(find)
-    return [
-        [Place(source, tuple(readers), told.tensors[f"{block} {i}"], offset) for i, (source, readers, offset) in places]
-        for block, places in ((block, enumerate(of_block)) for block, of_block in enumerate(told.facts))
-    ]
+    for _ in prepared.model.block_names:
+        told = prepared.ranks.alone(find)
+        yield [
+            Place(source, tuple(readers), told.tensors[str(number)], offset)
+            for number, (source, readers, offset) in enumerate(told.facts)
+        ]
 
 
 # ---- the end
@@ -382,11 +510,23 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         "bytes_after": plan.bytes_after,
         "kept_dense": [asdict(kept) for kept in plan.kept],
         "recoveries": recovery.of_run(reports),
+        **_fit(folder),
+        **({} if prepared.rotation is None else {"rotation": prepared.rotation}),
         **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
         "scaled": scaled,
         "tensors": reports,
         "histograms": [_histogram(prepared, folder, row) for row in _worst(plan.rows, reports)],
     }
+
+
+def _fit(folder: OutputFolder) -> dict[str, Any]:
+    """How the calibration text fits the model, where it was looked at."""
+    path = folder.partial / CALIBRATION
+    shown = load_file(path) if path.is_file() else {}
+    if "excess" not in shown:
+        return {}
+    facts = {"excess": float(shown["excess"]), "bound": domain.MOST}
+    return {"calibration_fit": {**facts, "windows": len(shown["own"]), "own_windows": int(shown["own"].sum())}}
 
 
 def _worst(rows: Iterable[Row], reports: list[dict[str, Any]]) -> list[Row]:

@@ -127,12 +127,13 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
         {"pattern": "*", "format": "nvfp4", "solver": "gptq"},
     ]
     every = [{"pattern": "*", "format": "int3:g24", "options": {"lean": True}}]
+    plain = [{"pattern": "*", "format": "int4:g24"}]
     cases: dict[str, Any] = {
         "dense": {"model": str(dense), "recipe": every, "calibration": shown, "tuning": 3, "runs": ONE_TWO_FOUR},
         "mixed": {"model": str(dense), "recipe": many, "calibration": shown, "offload": str(tmp_path / "states"),
                   "runs": [("one", 1), ("three", 3)]},
         "mixture": {"model": str(mixture), "recipe": every, "calibration": shown, "runs": [("one", 1), ("two", 2)]},
-        "fast": {"model": str(mixture), "recipe": [{"pattern": "*", "format": "int4:g24"}], "runs": [("one", 1), ("two", 2)]},
+        "fast": {"model": str(mixture), "recipe": plain, "runs": [("one", 1), ("two", 2)]},
     }  # fmt: skip
     runs, said = forked(tmp_path, cases)
     assert not any(code for codes, _ in runs for code in codes), said
