@@ -137,8 +137,8 @@ def quantize(
             save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), solve_outside(prepared, streams))
         tuning = tune_all(prepared, folder, streams, progress) if streams is not None and job.tuning else {}
         progress("finish", plan.weights, plan.weights)
-        folder.assemble(_config(prepared), prepared.checkpoint.companions())
-        manifest = {**_manifest(prepared, folder), **tuning}
+        folder.assemble(result_config(prepared), prepared.checkpoint.companions())
+        manifest = {**result_manifest(prepared, folder), **tuning}
         if not verify:
             folder.finish(manifest)
             return manifest
@@ -161,7 +161,7 @@ def _calibrate(
     calibration = prepared.job.calibration
     if calibration is None:
         return None, {}
-    windows = folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
+    windows = folder.kept(CALIBRATION, lambda: {"tokens": shown_windows(prepared, calibration, progress)})["tokens"]
     place = (prepared.offload or folder.partial) if prepared.plan.offload else None
     streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place)
     if not calibration.curvature:
@@ -201,7 +201,7 @@ def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> 
     return text.window_length(config, calibration.length or min(512, text.window_length(config)))
 
 
-def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
+def shown_windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
     """Calibration tokens (samples, length) int64."""
     job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     if text.holds_tokens(calibration.source):
@@ -281,12 +281,12 @@ def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], 
     return found
 
 
-def _config(prepared: Prepared) -> dict[str, Any]:
+def result_config(prepared: Prepared) -> dict[str, Any]:
     quantization = {"quant_method": "llmquant", "version": __version__, "formats": prepared.plan.modules()}
     return {**prepared.checkpoint.config(), "quantization_config": quantization}
 
 
-def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
+def result_manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
     """All about the run that does not depend on when and where it ran."""
     plan, job = prepared.plan, prepared.job
     scaled = [note for part in sorted(folder.records) for note in folder.records[part].get("scaled", [])]
