@@ -37,7 +37,7 @@ from llmquant.saving import save_block
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
-from llmquant.teacher import All, Pupil, last_states
+from llmquant.teacher import CHUNK_BYTES, All, Pupil, last_states
 from llmquant.trained import Moved, Training, batches, in_place
 
 STATE_BYTES = 5 * 4  # of a weight: shift, gradient, two moments of Adam, the best: float32
@@ -88,7 +88,7 @@ def prepare(
     if job.calibration is None or job.rotate != "none" or job.tuning:
         raise PlanError("training needs text, and neither rotates a model nor tunes it otherwise")
     prepared = pipeline.prepare(job, output, overwrite=overwrite)
-    need = memory(prepared, course)
+    need = memory(prepared, course, recompute=True)
     device = torch.device(job.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     room = free if max_memory is None else max_memory
@@ -100,16 +100,16 @@ def prepare(
     return prepared
 
 
-def memory(prepared: Prepared, course: Course) -> int:
-    """Bytes at the peak, with every block run again on the way back."""
+def memory(prepared: Prepared, course: Course, *, recompute: bool) -> int:
+    """Bytes at the peak. recompute: every block is run again on the way back."""
     model, rows = prepared.model, prepared.plan.rows
     weights, itemsize = sum(row.weights for row in rows), model.dtype.itemsize
     outside = sum(prepared.checkpoint.nbytes(name) for name in model.outside_keys())
     tokens = course.piece * prepared.length
-    features = sum(sum(row.target.shape) for row in rows) // len(model.block_names)
-    hidden = model.config.get_text_config().hidden_size
-    passing = tokens * (2 * features + hidden * len(model.block_names)) * itemsize
-    logits = 6 * 4 * tokens * model.config.get_text_config().vocab_size
+    text = model.config.get_text_config()
+    blocks, features = len(model.block_names), sum(sum(row.target.shape) for row in rows)
+    passing = tokens * (2 * features // (blocks if recompute else 1) + text.hidden_size * blocks) * itemsize
+    logits = 6 * min(4 * tokens * text.vocab_size, CHUNK_BYTES)
     return BASE + outside + weights * (STATE_BYTES + 2 * itemsize) + passing + logits
 
 
@@ -206,7 +206,9 @@ def _train(
         raise PlanError(f"training runs in one process, and {accelerator.num_processes} were started: start one")
     windows = torch.cat(streams.tokens)
     taught = All(model, windows, [states for part in streams.reference for states in part])
-    pupil = Pupil(model, windows, taught, course.piece, recompute=True, truth=course.cross_entropy)
+    # By all the memory there is, not what is free: it changes no number, but how long a step takes.
+    recompute = memory(prepared, course, recompute=False) > psutil.virtual_memory().total / 2
+    pupil = Pupil(model, windows, taught, course.piece, recompute=recompute, truth=course.cross_entropy)
     pupil, optimizer = accelerator.prepare(pupil, training.optimizer)
     held = streams.held_windows()
     trained, judged = torch.where(~held)[0], torch.where(held)[0]
