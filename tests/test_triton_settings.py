@@ -98,12 +98,13 @@ RECORD: dict[str, Any] = {
     "error": 1e-3,
     "others": {"cublas": 10.0, "tinygemm": None, "torchao": "RuntimeError: no"},
 }
+FAILED = {"kind": "int4", "shape": [4096, 4096], "rows": 2, "failed": "OutOfMemoryError: no"}
 
 
 def test_tables_of_the_bench() -> None:
     import bench_gpu
 
-    records = [RECORD, {**RECORD, "rows": 16, "others": {"cublas": 2.0}}, {**RECORD, "kind": "nf4", "rows": 16}]
+    records = [FAILED, RECORD, {**RECORD, "rows": 16, "others": {"cublas": 2.0}}, {**RECORD, "kind": "nf4", "rows": 16}]
     assert bench_gpu.table(records).splitlines() == [
         "| speed-up over cublas | 1 | 16 |",
         "|---|---|---|",
