@@ -30,6 +30,7 @@ from llmquant.cli_common import (
     size,
 )
 from llmquant.errors import LlmquantError, PlanError
+from llmquant.phases import overhead
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 wrong command line; 3 the model cannot be read; 4 the plan cannot be "
@@ -249,6 +250,7 @@ def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
     summary |= {key: manifest[key] for key in ("recoveries", "experts") if manifest.get(key)}
+    summary |= {"phases": manifest["phases"], "overhead": overhead(manifest["phases"]), "behind": manifest["behind"]}
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
     return summary
@@ -287,6 +289,7 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         highlight=False,
         soft_wrap=True,
     )
+    print_lines([_spent(summary)])
     if found := summary.get("verification"):
         out.print(f"verified: {verified(found)}, {found['seconds']:.1f} s", highlight=False, soft_wrap=True)
     if "export" in summary:
@@ -294,6 +297,14 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         print_lines([*exported["notes"], f"exported and verified: {exported['output']}"])
     if "evaluation" in summary:
         print_divergence(summary["evaluation"])
+
+
+def _spent(summary: dict[str, Any]) -> str:
+    """Where the time went, of what took 1 % of it or more."""
+    total = sum(summary["phases"].values())
+    parts = sorted(summary["phases"].items(), key=lambda part: -part[1])
+    named = [f"{name} {seconds / total:.0%}" for name, seconds in parts if seconds >= 0.01 * total]
+    return f"time: {', '.join(named)}; written beside it: {duration(summary['behind'])}"
 
 
 def _decisions(manifest: dict[str, Any]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from llmquant.estimate import Row, Work
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
 from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
-from llmquant.plan import make_plan
+from llmquant.phases import phase, timed
+from llmquant.plan import Plan, make_plan
 from llmquant.saving import restore, save_block, stored, stored_name
 from llmquant.scaling import Scales
 from llmquant.solving import solve_block, solve_outside
@@ -103,48 +105,90 @@ def quantize(
     """Carry out the plan, or what is left of it from a run that was cut. Returns the manifest.
 
     verify: read the result back and compare it with the original (see verification.py) before it gets its name. Raises
-    VerificationError where they are further apart than the format explains.
+    VerificationError where they are further apart than the format explains. In what is returned, but not in the file,
+    are "phases", seconds by what was done, and "behind", those of the writing that went on beside it.
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
     """
     job, model, plan = prepared.job, prepared.model, prepared.plan
     blocks = len(model.block_names)
-    shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
     settings = {**job.settings(prepared.checkpoint), "codes_tuned": plan.tuning is not None and plan.tuning.shifts}
-    with OutputFolder(output, settings, overwrite=overwrite) as folder:
+    with timed() as seconds, OutputFolder(output, settings, overwrite=overwrite) as folder:
         streams, curves = _calibrate(prepared, folder, progress)
-        places = [] if streams is None else _places(prepared, progress)
+        places = _places(prepared)
         for block in range(blocks):
-            done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
-            step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
-            if block in folder.records and streams is None:
-                continue
-            model.load_block(block)
-            swap = WeightSwap()
-            if block in folder.records:
-                restore(prepared, folder, block, swap)
-            else:
-                scales = None if streams is None else Scales(streams, block, swap, places[block])
-                results = solve_block(prepared, block, streams, curves, swap, scales, step)
-                keep_lean(folder, block, results)
-                changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
-                name = shard(block + 1, blocks + 1)
-                save_block(prepared, folder, block, name, results, changed=changed, noted=noted)
-            if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
-                streams.advance(block, swap)
-            model.unload_block(block)
+            if block not in folder.records or streams is not None:
+                _do_block(prepared, folder, block, streams, curves, places, progress)
         if blocks not in folder.records:
-            save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), solve_outside(prepared, streams))
-        tuning = tune_all(prepared, folder, streams, progress) if streams is not None and job.tuning else {}
+            results = solve_outside(prepared, streams)
+            folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
+        folder.settle()
+        tuning: dict[str, Any] = {}
+        if streams is not None and job.tuning:
+            with phase("tune", whole=True):
+                tuning = tune_all(prepared, folder, streams, progress)
         progress("finish", plan.weights, plan.weights)
-        folder.assemble(_config(prepared), prepared.checkpoint.companions())
-        manifest = {**_manifest(prepared, folder), **tuning}
-        if not verify:
+        with phase("finish", whole=True):
+            folder.assemble(_config(prepared), prepared.checkpoint.companions())
+            manifest = {**_manifest(prepared, folder), **tuning}
+        timeless: dict[str, Any] = {}
+        if verify:
+            with phase("verify", whole=True):
+                found = _verify(prepared, folder, manifest, progress)
+            manifest["verification"] = found.to_json()
+            timeless = {"verification": found.to_json() | {"seconds": found.seconds}}
+        with phase("finish", whole=True):
             folder.finish(manifest)
-            return manifest
-        found = _verify(prepared, folder, manifest, progress)
-        folder.finish(manifest | {"verification": found.to_json()})
-    return manifest | {"verification": found.to_json() | {"seconds": found.seconds}}
+    return manifest | timeless | {"phases": dict(seconds), "behind": folder.behind}
+
+
+def _do_block(
+    prepared: Prepared,
+    folder: OutputFolder,
+    block: int,
+    streams: Streams | None,
+    curves: dict[str, Tensor],
+    places: Iterator[list[Place]],
+    progress: Progress,
+) -> None:
+    """Solve a block, or take what an earlier run left of it; have it written; advance the streams.
+
+    What was read of the block, and what was solved, is let go of at the end, but for what is still being written.
+    """
+    job, model, plan = prepared.job, prepared.model, prepared.plan
+    blocks = len(model.block_names)
+    step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", _done(plan, block), plan.weights)
+    step(0)
+    if block + 1 < blocks:
+        prepared.checkpoint.prefetch(model.block_keys(block + 1))
+    with phase("scales", whole=True):
+        own_places = next(places)
+    with phase("load"):
+        model.load_block(block)
+    swap = WeightSwap()
+    if block in folder.records:
+        restore(prepared, folder, block, swap)
+    else:
+        scales = None if streams is None else Scales(streams, block, swap, own_places)
+        results = solve_block(prepared, block, streams, curves, swap, scales, step)
+        keep_lean(folder, block, results)
+        changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
+        name = _shard(prepared, block)
+        folder.later(partial(save_block, prepared, folder, block, name, results, changed=changed, noted=noted))
+    if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
+        streams.advance(block, swap)
+    with phase("load"):
+        model.unload_block(block)
+
+
+def _shard(prepared: Prepared, part: int) -> str:
+    """The file of a block, or of what lies outside them, the last."""
+    return f"model-{part + 1:05d}-of-{len(prepared.model.block_names) + 1:05d}.safetensors"
+
+
+def _done(plan: Plan, block: int) -> int:
+    """Weights before a block."""
+    return sum(row.weights for row in plan.rows if row.block is not None and row.block < block)
 
 
 def _progress_within(progress: Progress, what: str, before: int, total: int, done: int) -> None:
@@ -170,6 +214,7 @@ def _calibrate(
     return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, spill, progress))
 
 
+@phase("curvature", whole=True)
 def _curvature(
     prepared: Prepared, windows: Tensor, calibration: Calibration, spill: Path, progress: Progress
 ) -> dict[str, Tensor]:
@@ -201,6 +246,7 @@ def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> 
     return text.window_length(config, calibration.length or min(512, text.window_length(config)))
 
 
+@phase("sample", whole=True)
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
     """Calibration tokens (samples, length) int64."""
     job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
@@ -252,13 +298,13 @@ def _check_room(prepared: Prepared) -> None:
         )
 
 
-def _places(prepared: Prepared, progress: Progress) -> list[list[Place]]:
-    """Of every block, where scales can be moved, if a solver wants it; float32 shows it."""
-    if not any(row.rule.solver in SCALED for row in prepared.plan.rows):
-        return [[] for _ in prepared.model.block_names]
+def _places(prepared: Prepared) -> Iterator[list[Place]]:
+    """Of block after block, where scales can be moved, if a solver wants it; float32 shows it."""
+    if prepared.job.calibration is None or not any(row.rule.solver in SCALED for row in prepared.plan.rows):
+        return repeat([])
     checkpoint = prepared.checkpoint
     model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
-    return equivalence.find_all(model, partial(progress, "scales"))
+    return equivalence.find_all(model)
 
 
 # ---- the end
