@@ -1,8 +1,8 @@
 """Other kernels for products with quantized weights, as `bench_gpu.py` times them beside ours.
 
-An adapter is given a case and x, and makes as many weights as are timed in turn: calls, and the weight (out, in) float32
-that the first of them multiplies by, for its result to be compared with float64. It says why where it cannot: the
-package is not installed, or has no such numbers. Each names the version whose source it was written against.
+An adapter is given a case and x, and makes as many weights as are timed in turn: calls, and the weight (out, in)
+float32 that the first of them multiplies by, for its result to be compared with float64. It says why where it cannot:
+the package is not installed, or has no such numbers. Each names the version whose source it was written against.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def torchao(task: Task, x: Tensor) -> Calls:
 
 
 def bitsandbytes(task: Task, x: Tensor) -> Calls:
-    """bitsandbytes 0.50.2: `functional.quantize_4bit(w, blocksize=, quant_type=)`, `matmul_4bit(x, codes, quant_state=)`.
+    """bitsandbytes 0.50.2: `quantize_4bit(w, blocksize=, quant_type=)`, `matmul_4bit(x, codes, quant_state=)`.
 
     It rounds a dense weight itself.
     """

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 import llmquant_kernels
 from llmquant.errors import PlanError
 from llmquant.formats import Format
-from llmquant_kernels import PackedWeight, TritonExperts
+from llmquant_kernels import PackedWeight, Prepared, TritonExperts
 
 
 class QuantModule(nn.Module):
@@ -107,7 +107,8 @@ class QuantModule(nn.Module):
                 self._forget_prepared()  # keeping it would keep in memory what accelerate is about to offload
                 return weight
             self._prepared[dtype] = weight
-            self._release(weight)
+            with torch.inference_mode(False):
+                self._release(weight)
         return self._prepared[dtype]
 
     def _forget_prepared(self) -> None:
@@ -118,8 +119,12 @@ class QuantModule(nn.Module):
 
     def _release(self, prepared: Any) -> None:
         """Give up the buffer of codes, if `prepared` makes the very same again, for one on the meta device."""
-        again = prepared.packed() if self._released is None and hasattr(prepared, "packed") else None
-        for suffix in ("weight", "weight_packed") if again is not None else ():
+        if self._released is not None or not isinstance(prepared, Prepared | TritonExperts):
+            return
+        again = prepared.packed()
+        if again is None:
+            return
+        for suffix in ("weight", "weight_packed"):
             buffer = self._buffers.get(suffix)
             if buffer is not None and _same_bytes(again, buffer):
                 stand_in = torch.empty_like(buffer, device="meta")
@@ -132,7 +137,8 @@ class QuantModule(nn.Module):
         if self._released is not None:
             suffix, stand_in, prepared = self._released
             if named.get(suffix) is stand_in:  # else other tensors were put in place since
-                named[suffix] = prepared.packed().view(stand_in.dtype).view(stand_in.shape)
+                with torch.inference_mode(False):
+                    named[suffix] = prepared.packed().view(stand_in.dtype).view(stand_in.shape)
         return named
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

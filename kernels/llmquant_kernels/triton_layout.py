@@ -448,7 +448,7 @@ def packed_again(
         codes = origin.codes[codes.int()]
     if origin.trits:
         codes = functional.pad(codes.short(), (0, -spec.columns % 5)).unflatten(1, (-1, 5))
-        data = sum(codes[..., j] * 3**j for j in range(5)).to(torch.uint8)  # type: ignore[union-attr]
+        data = sum(codes[..., j] * 3**j for j in range(5)).to(torch.uint8)
     else:
         codes = functional.pad(codes.long(), (0, -spec.columns % 8)).unflatten(1, (-1, 8))
         eights = codes[..., 0].clone()
