@@ -35,7 +35,7 @@ def test_folders_of_scripts_and_kernels_are_no_packages() -> None:
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_kernels_import_torch_and_triton_only(path: Path) -> None:
-    scripts = {"bench", "bench_gpu"} if path.name.startswith("bench") else set()
+    scripts = {"bench", "bench_gpu", "bench_rivals"} if path.name.startswith("bench") else set()
     allowed = {*sys.stdlib_module_names, "torch", "triton", "llmquant_kernels", "", *scripts}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
