@@ -105,10 +105,10 @@ class Streams:
             found = self.ranks.each(own)[: len(self.batches) - start]
             yield from ((start + number >= self.summed, parcel) for number, parcel in enumerate(found))
 
-    def gathered(self) -> Tensor:
-        """The hidden states of the reference (n, length, hidden), those of all processes."""
+    def gathered(self) -> list[Tensor]:
+        """The hidden states of the reference of every window (length, hidden), those of all processes."""
         parcels = self.in_order(lambda i: Parcel(None, {"states": self.reference[i]}))
-        return torch.cat([parcel.tensors["states"] for _, parcel in parcels])
+        return [states for _, parcel in parcels for states in parcel.tensors["states"]]
 
     def numbers(self) -> list[Tensor]:
         """The numbers of the windows in each of this process's batches."""
@@ -130,6 +130,15 @@ class Streams:
                 self.quantized[i].copy_(quantized)
             else:
                 self.reference[i], self.quantized[i] = reference, quantized
+
+    def forward(self, block: int) -> None:
+        """The reference alone through the block as it is loaded, of a model that nothing is done to."""
+        for i, calls in enumerate(self.calls):
+            found = self._run(block, self.reference[i], calls)
+            if self._in_place:
+                self.reference[i].copy_(found)
+            else:
+                self.reference[i] = found
 
     @phase("forward")
     def remember(self, block: int, order: list[Stage]) -> None:

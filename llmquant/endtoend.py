@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import tune
+from llmquant import teacher, tune
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.estimate import Row
@@ -24,11 +24,11 @@ from llmquant.stats import energy, ratio
 
 
 def tune_all(
-    prepared: Prepared, folder: OutputFolder, streams: Streams, wanted: Tensor, progress: Progress
+    prepared: Prepared, folder: OutputFolder, streams: Streams, wanted: list[Tensor], progress: Progress
 ) -> dict[str, Any]:
     """Train all blocks together, and write them anew where that was for the better. Returns what is noted of it.
 
-    wanted (n, length, hidden): what leaves the last block in the reference. One process does all of it.
+    wanted: of every window what leaves the last block in the reference, (length, hidden). One process does all of it.
     """
     model, job = prepared.model, prepared.job
     places = [*range(len(model.block_names)), None]
@@ -37,7 +37,7 @@ def tune_all(
         windows = load_file(folder.partial / CALIBRATION)["tokens"]
         means, vectors = prepared.plan.tuning, model.vectors()
         assert means is not None
-        with _whole(model):
+        with whole(model):
             for block in places[:-1]:
                 for _, parameter, value in moved_vectors(prepared, written(folder, block)):
                     parameter.data = value
@@ -46,7 +46,7 @@ def tune_all(
                 [matrix for block in places for matrix in _leaning(prepared, folder, block)],
                 {name: prepared.checkpoint.dtype(key) for name, key in vectors.items()},
                 windows,
-                wanted,
+                teacher.All(model, windows, wanted),
                 streams.held_windows(),
                 steps=job.tuning,
                 batch=len(streams.batches[0]),
@@ -78,7 +78,7 @@ def keep_lean(folder: OutputFolder, block: int, results: list[Result]) -> None:
 
 
 @contextmanager
-def _whole(model: StreamedModel) -> Iterator[None]:
+def whole(model: StreamedModel) -> Iterator[None]:
     """The whole model in memory."""
     blocks = range(len(model.block_names))
     model.load_outside()
