@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import gc
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from statistics import median
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import llmquant
 from llmquant import inspection, pipeline, verification
@@ -57,7 +58,8 @@ class Held:
 
 def main() -> None:
     args = arguments()
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("llmquant").setLevel(logging.ERROR)  # small random models have no tokenizer to sample with
     with tempfile.TemporaryDirectory() as place:
         tempfile.tempdir = place  # so that whatever is left over by anyone is seen
         try:
