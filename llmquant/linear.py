@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +16,10 @@ from torch.utils._pytree import tree_map_only
 import llmquant_kernels
 from llmquant.errors import PlanError
 from llmquant.formats import Format
-from llmquant_kernels import PackedWeight
+from llmquant_kernels import PackedWeight, cpu_compiled
+
+# The loops of the CPU's kernels. numba takes half a second to import, which who only loads a model need not wait.
+cpu_compiled.use(cache(partial(importlib.import_module, "llmquant.cpu_loops")))
 
 
 class QuantModule(nn.Module):

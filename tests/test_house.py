@@ -71,6 +71,7 @@ FORBIDDEN = {
     "rotation": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "scaling": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
+    "cpu_loops": ["*"],
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "hf": [room for room in WRITING if room != "exchange"],
