@@ -1,9 +1,9 @@
-"""The command line: one verb, one call. What reads finished folders is in cli_check.py and cli_exchange.py."""
+"""The command line: one verb, one call. What reads finished folders is in cli_check.py and cli_exchange.py; what
+trains, in cli_train.py."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from functools import partial
@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from llmquant import cli_check, cli_exchange
+from llmquant import cli_check, cli_exchange, cli_train
 from llmquant.card import alike, fitted, tuned, turned, verified
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
     ModelArgument,
     TrustOption,
+    bytes_named,
     dtype_named,
     duration,
     notes,
@@ -179,7 +180,7 @@ def quantize(
             folder,
             overwrite=overwrite,
             offload=offload_activations,
-            max_memory=_bytes(max_memory),
+            max_memory=bytes_named(max_memory),
             progress=progress,
         )
     if text and not prepared.model.causal:
@@ -214,17 +215,6 @@ def quantize(
     _print_summary(summary, manifest, as_json)
     if manifest["recoveries"]:
         raise typer.Exit(RECOVERED)
-
-
-def _bytes(size: str | None) -> int | None:
-    """A number of bytes, with a unit or without."""
-    if size is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", size.strip(), re.ASCII)
-    if found is None or len(size) > 20:
-        raise PlanError(f"--max-memory {size!r}: give bytes, as 4GiB, 500MB or 4000000000")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
@@ -373,7 +363,7 @@ colons, in any order; scale types are fp16, bf16 and fp32, by default that of th
   nvfp4, mx4, mx6, mx9     none"""
 
 app.command("eval")(cli_check.evaluate)
-for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS):
+for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS, *cli_train.COMMANDS):
     app.command()(command)
 
 
