@@ -26,9 +26,12 @@ from llmquant.checkpoint import INDEX, MANIFEST, is_plain_name, sha256
 from llmquant.errors import OutputError, VerificationError
 
 JOURNAL = "journal.jsonl"
-# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean.
+# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean,
+# which formats were chosen.
 KEPT = "kept-"
-CALIBRATION, CURVATURE, LEAN = (f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}"))
+CALIBRATION, CURVATURE, LEAN, ALLOCATION = (
+    f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}", "allocation")
+)
 
 
 class OutputFolder:
@@ -215,7 +218,15 @@ class OutputFolder:
             self._note({"kept": name, "sha256": self._kept[name]})
         return tensors
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def kept_json(self, name: str, make: Callable[[], Any]) -> Any:
+        """As `kept`, for a JSON value."""
+
+        def packed() -> dict[str, Tensor]:
+            return {"json": torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8)}
+
+        return json.loads(self.kept(name, packed)["json"].numpy().tobytes())
+
+    def write_json(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         replace_text(self.partial / name, json.dumps(content, indent=2) + "\n")
 
     def assemble(self, config: dict[str, Any] | None, companions: list[Path]) -> None:

@@ -1,0 +1,49 @@
+"""A budget on the command line: what is asked for, and what was chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from llmquant.cli_common import bytes_of
+from llmquant.errors import PlanError
+
+if TYPE_CHECKING:  # torch comes with it
+    from llmquant.job import Budget
+
+
+def budget_of(
+    bits: float | None, size: str | None, kl: float | None, formats: str | None, sensitivity: str
+) -> Budget | None:
+    """None where none is given. Raises PlanError."""
+    from llmquant.job import FORMATS, Budget
+
+    nbytes = bytes_of("--target-size", size)
+    if bits is None and nbytes is None and kl is None:
+        if formats is not None or sensitivity != "auto":
+            raise PlanError("--formats and --sensitivity go with --target-bpw, --target-size or --max-kl: give one")
+        return None
+    candidates = FORMATS if formats is None else tuple(spec.strip() for spec in formats.split(","))
+    return Budget(bits, nbytes, kl, candidates, sensitivity)
+
+
+def short(budget: Budget) -> str:
+    """For the name of a folder."""
+    if budget.bits is not None:
+        return f"{budget.bits:g}bpw"
+    return f"{budget.nbytes}bytes" if budget.nbytes is not None else f"kl{budget.kl:g}"
+
+
+def allocated(found: dict[str, Any]) -> list[str]:
+    """What a manifest notes of a choice, in lines."""
+    counts = Counter(part["format"] for part in found["sets"] for _ in part["names"])
+    chosen = ", ".join(f"{spec} {counts[spec]}" for spec in found["formats"] if counts[spec])
+    kl = [
+        f"{name} {found[key]:.4g}"
+        for name, key in (("predicted", "predicted_kl"), ("measured", "measured_kl"))
+        if key in found
+    ]
+    lines = [f"formats chosen {found['aim']} by {found['sensitivity']}: {chosen}"]
+    if kl:
+        lines.append(f"KL with weights rounded to nearest, on {found['tokens']} tokens: {', '.join(kl)}")
+    return lines
