@@ -24,7 +24,7 @@ from transformers.utils import logging
 import llmquant  # noqa: F401  so that transformers loads its folders
 from llmquant.checkpoint import locate
 from llmquant.errors import LlmquantError, PlanError
-from llmquant.text import evaluating
+from llmquant.text import cache_word, evaluating
 
 PHASES = ("prefill", "decode")
 
@@ -58,12 +58,13 @@ def timed_run(model: Any, prompt: Tensor, new_tokens: int) -> dict[str, float]:
 
     The prefill gives the first new token, so decoding is timed over the new_tokens - 1 that follow.
     """
+    word = cache_word(model)
     start = now(model)
     answer = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = answer.logits[:, -1:].argmax(-1)
     middle = now(model)
     for _ in range(new_tokens - 1):
-        answer = model(input_ids=token, past_key_values=answer.past_key_values, use_cache=True)
+        answer = model(input_ids=token, use_cache=True, **{word: answer[word]})
         token = answer.logits[:, -1:].argmax(-1)
     end = now(model)
     return {

@@ -12,6 +12,7 @@ text of. Two protocols make one stream of tokens of it:
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -436,11 +437,11 @@ def _fill(model: PreTrainedModel, tokens: Tensor, draws: Tensor, script: list[in
     place = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     finite = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     chosen = (draws[:, 0] * vocabulary).long()
-    cache = None
+    cache, word = None, cache_word(model)
     for column in range(tokens.shape[1]):
         if column:
-            answer = model(input_ids=tokens[:, column - 1, None], past_key_values=cache, use_cache=True)
-            cache = getattr(answer, "past_key_values", None)
+            answer = model(input_ids=tokens[:, column - 1, None], use_cache=True, **{word: cache})
+            cache = getattr(answer, word, None)
             if cache is None:
                 kind = type(model).__name__
                 raise DataError(f"{kind} keeps no key-value cache to sample with: calibrate on a text file")
@@ -453,6 +454,11 @@ def _fill(model: PreTrainedModel, tokens: Tensor, draws: Tensor, script: list[in
         yield column + 1
     if not finite.all():  # asked once, at the end: each look at the device costs a stop
         raise DataError("the model's logits are not finite, so it cannot write calibration text: check its weights")
+
+
+def cache_word(model: PreTrainedModel) -> str:
+    """What a model calls its key-value cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
