@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError
 from llmquant.estimate import Row
 from llmquant.job import Budget, Prepared, Progress, loading
-from llmquant.knapsack import Numbers, solve
+from llmquant.knapsack import Numbers, solve, undominated
 from llmquant.matrices import text_config
 from llmquant.plan import Plan
 from llmquant.recipe import Recipe
@@ -31,14 +32,14 @@ from llmquant.sensitivity import (
     Fused,
     Whole,
     estimated,
-    fused,
     in_format,
     measured,
+    measured_in_context,
     sizes,
     streamed_divergence,
 )
 
-TOKENS = 8192  # on which costs are found out
+TOKENS, LENGTH = 2048, 256  # on which costs are found out, and how many at a time: attention over more is slow
 # Operations beyond which measuring every candidate takes longer than about ten minutes, by the kind of device.
 AFFORDABLE = {"cpu": 5e13, "cuda": 5e15}
 STAGES = 4  # sets of most blocks
@@ -105,10 +106,10 @@ def assignments(prepared: Prepared) -> Iterator[list[Row]]:
 
 
 def operations(model: StreamedModel, rows: list[Row], budget: Budget) -> float:
-    """Of measuring: twice, for every set and candidate, the blocks from the set's own on, and the head."""
+    """Of measuring, for every set and candidate, two of which twice: all blocks from its own on, and the head."""
     head = text_config(model.config).vocab_size * text_config(model.config).hidden_size
     behind = sum(row.weights for row in rows) / 2 + head
-    return 2.0 * STAGES * len(model.block_names) * len(budget.formats) * 2 * TOKENS * behind
+    return 2.0 * TOKENS * behind * STAGES * len(model.block_names) * (len(budget.formats) + 2)
 
 
 def memory(model: StreamedModel, rows: list[Row]) -> int:
@@ -181,13 +182,14 @@ class Found:
 def allocate(prepared: Prepared, windows: Tensor, batch: int, curves: Curves, progress: Progress) -> dict[str, Any]:
     """What is chosen: {"recipe": rules, ...}, JSON values.
 
-    windows (n, length) int64: on the first TOKENS of their tokens costs are found out; curves: finds G of all targets,
+    windows (n, length) int64: costs are found out on TOKENS of their first LENGTH each; curves: finds G of all targets,
     or nothing where no gradient goes through the blocks. Raises PlanError where the budget cannot be met.
     """
     budget, plan = prepared.job.budget, prepared.plan
     assert budget is not None
     rows = _free(plan, prepared.job.recipe)
-    shown = windows[: max(1, TOKENS // windows.shape[1])]
+    shown = windows[:, :LENGTH]
+    shown = shown[: max(1, TOKENS // shown.shape[1])]
     if plan.sensitivity == "kl":
         found = _by_measuring(prepared, budget, rows, shown, batch, progress)
     else:
@@ -230,24 +232,38 @@ def _by_measuring(
     checkpoint = prepared.checkpoint
     model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
     with Whole(model, windows, batch, progress) as whole:
-        sets: list[Fused] = []
-        for block in range(len(model.block_names)):
-            own = [row for row in rows if row.block == block]
-            sets += fused(checkpoint, block, whole.stages(block), own, budget.formats)
+        sets = whole.sets(checkpoint, rows, budget.formats)
 
         def divergence(picks: tuple[int, ...]) -> float:
             for part, pick in zip(sets, picks, strict=True):
                 whole.put(part.options[pick])
             return whole.divergence()
 
-        search = _Search(prepared.plan, rows, budget, sizes(sets), divergence)
-        alone = measured(whole, sets, None, progress, "sensitivity")
-        first = search.best(alone)
-        again = measured(whole, sets, first.picks, progress, "sensitivity in context")
-        second = search.best(again, search.divergence(first.picks))
-        chosen = search.better(first, second)
+        search = Search(prepared.plan, rows, budget, sizes(sets), divergence)
+        alone = measured(whole, sets, progress)
+        chosen, again = searched(whole, sets, search, alone, progress)
         facts = {"predicted_kl": chosen.predicted, "measured_kl": search.divergence(chosen.picks), "gap": chosen.gap}
-    return Found(sets, chosen.picks, {"sensitivity": "kl", "in_context": chosen is second, **facts}, [alone, again])
+    return Found(sets, chosen.picks, {"sensitivity": "kl", **facts}, [alone, again])
+
+
+def searched(
+    whole: Whole, sets: list[Fused], search: Search, alone: Numbers, progress: Progress
+) -> tuple[Pick, Numbers]:
+    """The better of two choices: by the costs of each set alone, and by those in the context of the first choice.
+
+    There the next smaller and the next larger candidate of every set are measured again; of others the difference of
+    costs alone is taken. Returns the choice, and the costs in context (sets, candidates).
+    """
+    first = search.best(alone)
+    wanted = np.zeros(alone.shape, dtype=bool)
+    for place, pick in enumerate(first.picks):
+        steps = list(undominated(search.nbytes[place], alone[place]))
+        at = steps.index(pick)
+        wanted[place, steps[max(0, at - 1) : at + 2]] = True
+    again = measured_in_context(whole, sets, first.picks, wanted, progress)
+    own = alone[np.arange(len(sets)), list(first.picks)]
+    again = np.where(np.isnan(again), alone - own[:, None], again)
+    return search.better(first, search.best(again, search.divergence(first.picks))), again
 
 
 def _by_estimate(
@@ -276,7 +292,7 @@ def _by_estimate(
         chosen = [part.options[pick] for part, pick in zip(sets, picks, strict=True)]
         return streamed_divergence(model, windows, batch, chosen, progress)
 
-    search = _Search(prepared.plan, rows, budget, sizes(sets), divergence)
+    search = Search(prepared.plan, rows, budget, sizes(sets), divergence)
     best = search.best(costs)
     facts: dict[str, Any] = {"sensitivity": how, "gap": best.gap}
     if how == "fisher":
@@ -296,7 +312,7 @@ class Pick:
     gap: float
 
 
-class _Search:
+class Search:
     """The best allocation within a budget, by costs, and for a divergence by how far the model then really is.
 
     divergence: of the model with the candidate of every set, nats a token.
@@ -310,7 +326,7 @@ class _Search:
         nbytes: Numbers,
         divergence: Callable[[tuple[int, ...]], float],
     ) -> None:
-        self._plan, self._rows, self._budget, self._nbytes = plan, rows, budget, nbytes
+        self._plan, self._rows, self._budget, self.nbytes = plan, rows, budget, nbytes
         self._divergence = divergence
         self._known: dict[tuple[int, ...], float] = {}
 
@@ -323,9 +339,9 @@ class _Search:
         """costs (sets, candidates): of one set alone, on top of `base`. Raises PlanError where nothing is possible."""
         if self._budget.kl is not None:
             return self._smallest(costs, base, self._budget.kl)
-        choice = solve(self._nbytes, costs, _limit(self._plan, self._rows, self._budget))
+        choice = solve(self.nbytes, costs, _limit(self._plan, self._rows, self._budget))
         if choice is None:
-            _check_limit(self._plan, self._rows, self._budget, float(self._nbytes.min(1).sum()))
+            _check_limit(self._plan, self._rows, self._budget, float(self.nbytes.min(1).sum()))
             raise AssertionError("a knapsack without a solution whose smallest choice fits")
         return Pick(choice.picks, choice.cost, base + choice.value, choice.gap)
 
@@ -334,7 +350,7 @@ class _Search:
         allowed = most - base
         best: Pick | None = None
         tried: set[tuple[int, ...]] = set()
-        while len(tried) < ROUNDS and (choice := solve(costs, self._nbytes, allowed)) is not None:
+        while len(tried) < ROUNDS and (choice := solve(costs, self.nbytes, allowed)) is not None:
             if choice.picks in tried:
                 break
             tried.add(choice.picks)
@@ -344,7 +360,7 @@ class _Search:
             allowed += most - found
         if best is not None:
             return best
-        dearest = tuple(int(pick) for pick in costs.argmin(1))
+        dearest = tuple(int(undominated(*pair)[-1]) for pair in zip(self.nbytes, costs, strict=True))
         if (found := self.divergence(dearest)) > most:
             raise PlanError(
                 f"--max-kl {most:g} cannot be met: with every matrix in the best of {', '.join(self._budget.formats)} "
@@ -353,7 +369,7 @@ class _Search:
         places = range(len(dearest))
         return Pick(
             dearest,
-            float(self._nbytes[places, dearest].sum()),
+            float(self.nbytes[places, dearest].sum()),
             base + float(costs[places, dearest].sum()),
             0.0,
         )

@@ -14,8 +14,8 @@ import typer
 from rich.table import Column, Table
 
 from llmquant import cli_check, cli_exchange
-from llmquant.card import alike, tuned, verified
-from llmquant.cli_budget import allocated, budget_of, short
+from llmquant.card import alike, allocated, tuned, verified
+from llmquant.cli_budget import budget_of, short
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
@@ -157,7 +157,8 @@ def quantize(
     budget = budget_of(target_bpw, target_size, max_kl, formats, sensitivity)
     if budget is not None and (named := [bits, group, format, asym or None]) != [None] * len(named):
         raise PlanError("a format beside a budget, which chooses one for every matrix: give candidates with --formats")
-    granularity = f"g{group or 128}" if group is None or group.isdecimal() else group
+    group = group or "128"
+    granularity = f"g{group}" if group.isdecimal() else group
     spec = budget.formats[0] if budget else format or f"int{bits or 4}:{granularity}" + (":asym" if asym else "")
     rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip, solver=solver)
     named_by = recipe.stem if recipe else short(budget) if budget else spec.replace(":", "-")
@@ -273,7 +274,7 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         table.add_row(tensor["name"], tensor["format"], f"{tensor.get(measure, 0.0):.4f}")
     out.print(table)
     if allocation := manifest.get("allocation"):
-        print_lines(allocated(allocation))
+        print_lines([f"formats chosen {allocated(allocation)}"])
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
     if scaled := manifest["scaled"]:

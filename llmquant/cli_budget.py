@@ -1,9 +1,8 @@
-"""A budget on the command line: what is asked for, and what was chosen."""
+"""A budget on the command line."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmquant.cli_common import bytes_of
 from llmquant.errors import PlanError
@@ -32,18 +31,3 @@ def short(budget: Budget) -> str:
     if budget.bits is not None:
         return f"{budget.bits:g}bpw"
     return f"{budget.nbytes}bytes" if budget.nbytes is not None else f"kl{budget.kl:g}"
-
-
-def allocated(found: dict[str, Any]) -> list[str]:
-    """What a manifest notes of a choice, in lines."""
-    counts = Counter(part["format"] for part in found["sets"] for _ in part["names"])
-    chosen = ", ".join(f"{spec} {counts[spec]}" for spec in found["formats"] if counts[spec])
-    kl = [
-        f"{name} {found[key]:.4g}"
-        for name, key in (("predicted", "predicted_kl"), ("measured", "measured_kl"))
-        if key in found
-    ]
-    lines = [f"formats chosen {found['aim']} by {found['sensitivity']}: {chosen}"]
-    if kl:
-        lines.append(f"KL with weights rounded to nearest, on {found['tokens']} tokens: {', '.join(kl)}")
-    return lines

@@ -35,7 +35,7 @@ def solve(costs: Numbers, values: Numbers, limit: float, *, states: int = STATES
     nor the Lagrangian bound of what is still to come; should they be more than `states`, some are dropped, and the gap
     to the bound is told.
     """
-    sets = [_undominated(c, v) for c, v in zip(costs, values, strict=True)]
+    sets = [undominated(c, v) for c, v in zip(costs, values, strict=True)]
     least = [float(costs[i, members[0]]) for i, members in enumerate(sets)]
     if math.fsum(least) > limit:
         return None
@@ -69,7 +69,7 @@ def solve(costs: Numbers, values: Numbers, limit: float, *, states: int = STATES
     return Choice(tuple(picks), math.fsum(costs[i, pick] for i, pick in enumerate(picks)), total, gap)
 
 
-def _undominated(costs: Numbers, values: Numbers) -> NDArray[np.int64]:
+def undominated(costs: Numbers, values: Numbers) -> NDArray[np.int64]:
     """The candidates of a set for which no other has at most the cost and at most the value, by cost."""
     finite = np.flatnonzero(np.isfinite(costs) & np.isfinite(values))
     return finite[_front(costs[finite], values[finite])]

@@ -20,6 +20,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llmquant import formats
@@ -152,9 +153,13 @@ class Whole:
             self.model.unload_block(block)
         self.model.unload_outside()
 
-    def stages(self, block: int) -> list[Stage]:
-        """Of a block, as `calibration.stages` finds them."""
-        return stages(self.model, block, replace(self._streams, reference=self._entering[block]))
+    def sets(self, checkpoint: Checkpoint, rows: list[Row], specs: tuple[str, ...]) -> list[Fused]:
+        """Of all blocks, as `fused` finds them."""
+        found = []
+        for block, entering in enumerate(self._entering[:-1]):
+            order = stages(self.model, block, replace(self._streams, reference=entering))
+            found += fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
+        return found
 
     def put(self, rows: tuple[Row, ...]) -> None:
         """Round matrices to their formats, from the original weights whatever is in their place."""
@@ -206,30 +211,41 @@ class Whole:
             yield self.model.logits(tokens.to(self.model.device), states).float().log_softmax(-1)
 
 
-def measured(whole: Whole, sets: list[Fused], picks: tuple[int, ...] | None, progress: Progress, what: str) -> Numbers:
-    """Nats a token (sets, candidates): by how much the divergence changes when one set alone gets another format.
-
-    picks: the candidate that every set has otherwise; None: the original weights.
-    """
-    found = np.full((len(sets), len(sets[0].options)), np.inf)
-    for place, part in enumerate(sets):
-        whole.put(part.options[picks[place]]) if picks is not None else whole.put_back(part.rows)
+def measured(whole: Whole, sets: list[Fused], progress: Progress) -> Numbers:
+    """Nats a token (sets, candidates): KL(original || with one set in one format), all else as it was."""
+    for part in sets:
+        whole.put_back(part.rows)
     whole.settle()
-    base = 0.0 if picks is None else whole.divergence()
-    done, total = 0, sum(bool(option) for part in sets for option in part.options)
-    for place, part in enumerate(sets):
-        own = () if picks is None else part.options[picks[place]]
+    found = np.full((len(sets), len(sets[0].options)), np.inf)
+    for done, (place, part) in enumerate(enumerate(sets), 1):
         for pick, option in enumerate(part.options):
-            if not option:
-                continue
-            if option is own:
-                found[place, pick] = 0.0
-            else:
+            if option:
+                whole.put(option)
+                found[place, pick] = whole.divergence(part.block)
+        whole.put_back(part.rows)
+        progress("sensitivity", done, len(sets))
+    return found
+
+
+def measured_in_context(
+    whole: Whole, sets: list[Fused], picks: tuple[int, ...], wanted: NDArray[np.bool_], progress: Progress
+) -> Numbers:
+    """Nats a token (sets, candidates): by how much the divergence changes where one set has another format than its
+    pick, and all others have theirs; not a number where it is not wanted.
+    """
+    for part, pick in zip(sets, picks, strict=True):
+        whole.put(part.options[pick])
+    whole.settle()
+    base = whole.divergence(len(whole.model.block_names))
+    found = np.full(wanted.shape, np.nan)
+    for place, (part, own) in enumerate(zip(sets, picks, strict=True)):
+        found[place, own] = 0.0
+        for pick, option in enumerate(part.options):
+            if option and pick != own and wanted[place, pick]:
                 whole.put(option)
                 found[place, pick] = whole.divergence(part.block) - base
-            done += 1
-            progress(what, done, total)
-        whole.put(own) if own else whole.put_back(part.rows)
+        whole.put(part.options[own])
+        progress("sensitivity in context", place + 1, len(sets))
     return found
 
 
