@@ -20,6 +20,7 @@ from llmquant.errors import DataError
 from llmquant.experts import Watch
 from llmquant.matrices import Target
 from llmquant.offload import room
+from llmquant.phases import phase
 from llmquant.stats import EXPERT_BYTES, HELD, Stats, energy
 
 FEW = 4  # windows from which one is held out
@@ -42,6 +43,7 @@ class Streams:
     _seen: Seen | None = None  # of the block at hand
 
     @classmethod
+    @phase("forward")
     def start(
         cls,
         model: StreamedModel,
@@ -82,6 +84,7 @@ class Streams:
         """Which windows are held out, (n,) bool."""
         return torch.tensor([held for held, part in zip(self.held, self.reference, strict=True) for _ in part])
 
+    @phase("forward")
     def advance(self, block: int, swap: WeightSwap) -> None:
         """Both streams through the block: the reference with the original weights, the other with the new ones."""
         seen = self._seen_of(block)
@@ -98,6 +101,7 @@ class Streams:
             else:
                 self.reference[i], self.quantized[i] = reference, quantized
 
+    @phase("forward")
     def remember(self, block: int, order: list[Stage]) -> None:
         """Keep what enters the stages of a block, and leaves it, in the reference, if that is not too much.
 
@@ -144,6 +148,7 @@ class Streams:
             stats = self._of_linears(block, stage, swap)
             yield from ((target, stats) for target in stage.targets)
 
+    @phase("statistics")
     def _of_linears(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
         stats = Stats.empty(stage.targets[0].shape[1], self.model.device)
@@ -170,6 +175,7 @@ class Streams:
         self._judge(stats, stage)
         return stats
 
+    @phase("forward")
     def inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """What enters a stage, and the residual stream that its output is added to, where it is."""
         found: list[Tensor] = []
@@ -194,6 +200,7 @@ class Streams:
                 handle.remove()
         return next(iter(found), None), next(iter(carried), None)
 
+    @phase("forward")
     def behind_blocks(self, target: Target) -> Stats | None:
         """Statistics of the input of a linear outside the blocks, once the streams have left the last of them.
 
@@ -248,6 +255,7 @@ class Streams:
                 yield rest.pop(expert), own.blended(everything, FEW_HELD)
         self._judge(everything, stage)
 
+    @phase("statistics")
     def _add(self, stats: Stats, i: int, x: Tensor, x_ref: Tensor) -> None:
         """Tokens of batch i to the sums, or to those held out."""
         if self.held[i]:
@@ -255,6 +263,7 @@ class Streams:
         else:
             stats.update(x, x_ref)
 
+    @phase("forward")
     def _into_experts(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> dict[int, tuple[Tensor, Tensor]]:
         """What enters each expert of a parameter in batch i, in both streams: {expert: (x, x_ref) (tokens, in)}.
 
@@ -303,6 +312,7 @@ class Streams:
             reference = run(self.reference, repeat)
         return {expert: (x, reference[expert]) for expert, x in found.items()}
 
+    @phase("forward")
     def output(self, block: int, name: str, hidden: Tensor, call: Call) -> Tensor:
         """What the module of that name in memory puts out when the block runs; of several things, the first."""
         found: list[Tensor] = []
@@ -320,6 +330,7 @@ class Streams:
             handle.remove()
         return found[0]
 
+    @phase("forward")
     def block_error(self, block: int, swap: WeightSwap, curvature: Tensor | None) -> float:
         """How far the block's outputs, as it is now, are from the reference on held-out tokens: the mean of e^T G e.
 
@@ -340,6 +351,7 @@ class Streams:
             total += _in_metric(error, curvature)
         return total / max(1, tokens)
 
+    @phase("forward")
     def outputs(self, block: int, swap: WeightSwap) -> list[Tensor]:
         """What the block puts out in the reference, for the batches that are not held out."""
         with swap.original():
@@ -347,6 +359,7 @@ class Streams:
                 self._run(block, self.reference[i], calls) for i, calls in enumerate(self.calls) if not self.held[i]
             ]
 
+    @phase("forward")
     def gradient(
         self, block: int, batch: int, wanted: Tensor, targets: list[Target]
     ) -> tuple[float, dict[str, Tensor]]:
@@ -439,6 +452,7 @@ class Stage:
     scale: Tensor | None = None
 
 
+@phase("forward")
 def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:
     """The block's targets in the order in which they are called, those that share one input tensor together.
 

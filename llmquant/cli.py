@@ -14,7 +14,7 @@ import typer
 from rich.table import Column, Table
 
 from llmquant import cli_check, cli_exchange
-from llmquant.card import alike, allocated, tuned, verified
+from llmquant.card import alike, allocated, fitted, tuned, turned, verified
 from llmquant.cli_budget import budget_of, short
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
@@ -31,6 +31,7 @@ from llmquant.cli_common import (
     size,
 )
 from llmquant.errors import LlmquantError, PlanError
+from llmquant.phases import overhead
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 wrong command line; 3 the model cannot be read; 4 the plan cannot be "
@@ -100,7 +101,11 @@ def quantize(
         str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
     ] = None,
     rotate: Annotated[
-        str, typer.Option(help="Fold random rotations into the weights: none, value (of heads), residual (these too).")
+        str,
+        typer.Option(
+            help="Fold random rotations into the weights: none, value (of heads), residual (these too), or auto: the "
+            "best in a trial."
+        ),
     ] = "none",
     calibration: Annotated[
         str | None,
@@ -109,6 +114,14 @@ def quantize(
             ".safetensors with an int64 tensor named tokens, (windows, length) [self]."
         ),
     ] = None,
+    no_calibration_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-calibration-check",
+            help="Take text as it is, also where it is not of the kind that the model was made for; half of it is the "
+            "model's own samples then, otherwise.",
+        ),
+    ] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
     batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
@@ -168,6 +181,7 @@ def quantize(
         rules,
         quality=quality,
         calibration=calibration,
+        calibration_check=not no_calibration_check,
         samples=samples,
         length=length,
         batch=batch,
@@ -257,7 +271,9 @@ def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
-    summary |= {key: manifest[key] for key in ("recoveries", "experts", "allocation") if manifest.get(key)}
+    noted = ("recoveries", "experts", "allocation", "calibration_fit", "rotation")
+    summary |= {key: manifest[key] for key in noted if manifest.get(key)}
+    summary |= {"phases": manifest["phases"], "overhead": overhead(manifest["phases"]), "behind": manifest["behind"]}
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
     return summary
@@ -277,6 +293,10 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         print_lines([f"formats chosen {allocated(allocation)}"])
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
+    if fit := manifest.get("calibration_fit"):
+        out.print(f"calibration text: {fitted(fit)}", highlight=False, soft_wrap=True)
+    if rotation := manifest.get("rotation"):
+        out.print(f"rotation: {turned(rotation)}", highlight=False, soft_wrap=True)
     if scaled := manifest["scaled"]:
         out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):
@@ -298,6 +318,7 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         highlight=False,
         soft_wrap=True,
     )
+    print_lines([_spent(summary)])
     if found := summary.get("verification"):
         out.print(f"verified: {verified(found)}, {found['seconds']:.1f} s", highlight=False, soft_wrap=True)
     if "export" in summary:
@@ -305,6 +326,14 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
         print_lines([*exported["notes"], f"exported and verified: {exported['output']}"])
     if "evaluation" in summary:
         print_divergence(summary["evaluation"])
+
+
+def _spent(summary: dict[str, Any]) -> str:
+    """Where the time went, of what took 1 % of it or more."""
+    total = sum(summary["phases"].values())
+    parts = sorted(summary["phases"].items(), key=lambda part: -part[1])
+    named = [f"{name} {seconds / total:.0%}" for name, seconds in parts if seconds >= 0.01 * total]
+    return f"time: {', '.join(named)}; written beside it: {duration(summary['behind'])}"
 
 
 def _decisions(manifest: dict[str, Any]) -> str:

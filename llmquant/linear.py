@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 import llmquant_kernels
 from llmquant.errors import PlanError
 from llmquant.formats import Format
-from llmquant_kernels import PackedWeight
+from llmquant_kernels import PackedWeight, TritonExperts
 
 
 class QuantModule(nn.Module):
@@ -179,6 +180,7 @@ class QuantExperts(QuantModule):
 
     It takes the place of the parameter in the module that computes with it: that module keeps its own forward pass, and
     what it does with the parameter it does with this. Cutting out an expert decodes that one; anything else, all.
+    `together` multiplies by all of them at once, without decoding, where there is a kernel for it.
     The buffers are those of `fmt.layout((out, in))` for every expert, stacked.
     """
 
@@ -191,6 +193,7 @@ class QuantExperts(QuantModule):
         super().__init__(fmt, (outputs, inputs), bias=False, dtype=dtype, count=count)
         self.dense_shape = dense
         self.transposed = transposed
+        self._reasons: dict[tuple[str, torch.dtype], str | None] = {}
 
     def forward(self, index: Any) -> Tensor:
         """What indexing the parameter gives. Called as a module, so that the buffers are fetched if they are offloaded.
@@ -225,8 +228,26 @@ class QuantExperts(QuantModule):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return torch.stack([self._decoded(expert, dtype) for expert in range(len(self))])
 
+    def alone(self, dtype: torch.dtype) -> str | None:
+        """Why inputs of `dtype` are not multiplied by all experts in one go; None where `together` does that."""
+        if self.keep_decoded:
+            return "their decoded weights are held"
+        device = next(iter(self._buffers.values())).device.type  # type: ignore[union-attr]
+        if (device, dtype) not in self._reasons:
+            facts = replace(self.format.facts(self.matrix_shape), device="cpu" if device == "meta" else device)
+            self._reasons[device, dtype] = TritonExperts.refuses(facts, dtype)
+        return self._reasons[device, dtype]
+
+    def together(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (tokens, in), sorted by expert; ends (experts,) int32: where the tokens of each end -> (tokens, out)."""
+        return self._prepared_for(x.dtype).linear(x, ends)
+
     def explain(self, dtype: torch.dtype) -> str:
-        return "every expert that a token is sent to is decoded for each call"
+        reason = self.alone(dtype)
+        if reason is None:
+            return f"{TritonExperts.name}: chosen, one product for all experts"
+        decoded = "every expert that a token is sent to is decoded for each call"
+        return f"{decoded}\n{TritonExperts.name}: refused, {reason}"
 
     def extra_repr(self) -> str:
         return f"{len(self)} of {self.matrix_shape}, transposed={self.transposed}, format={self.format.spec}"
@@ -236,13 +257,18 @@ class QuantExperts(QuantModule):
             return self._decoded(expert, self.dtype)
         return self._prepared_for(self.dtype)[expert]
 
-    def _decoded(self, expert: int, dtype: torch.dtype) -> Tensor:
+    def _packed(self, expert: int) -> PackedWeight:
         named = {suffix: buffer[expert] for suffix, buffer in self._buffers.items() if buffer is not None}
-        weight = llmquant_kernels.decode(self.format.packed_weight(named, self.matrix_shape), dtype)
+        return self.format.packed_weight(named, self.matrix_shape)
+
+    def _decoded(self, expert: int, dtype: torch.dtype) -> Tensor:
+        weight = llmquant_kernels.decode(self._packed(expert), dtype)
         return weight.t() if self.transposed else weight
 
     def _prepare(self, dtype: torch.dtype) -> Any:
-        return self.dense(dtype)
+        if self.keep_decoded:
+            return self.dense(dtype)
+        return TritonExperts([self._packed(expert) for expert in range(len(self))], dtype)
 
 
 class QuantEmbedding(QuantModule):

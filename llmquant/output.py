@@ -12,7 +12,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from llmquant.checkpoint import INDEX, MANIFEST, is_plain_name, sha256
 from llmquant.errors import OutputError, VerificationError
+from llmquant.phases import phase
 
 JOURNAL = "journal.jsonl"
 # Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean,
@@ -38,6 +41,7 @@ class OutputFolder:
     """The folder a run writes. Use as a context manager; `finish` gives it its final name.
 
     settings: what must be equal for a cut run to be taken up again, as JSON values.
+    behind: seconds of what `later` did beside its caller.
     Raises OutputError: not writable, disk full, something else's, in use, or begun with other settings.
     """
 
@@ -48,6 +52,9 @@ class OutputFolder:
         self.records: dict[int, dict[str, Any]] = {}
         self._kept: dict[str, str] = {}
         self._overwrite = overwrite
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._pending: Future[None] | None = None
+        self.behind = 0.0
 
     def __enter__(self) -> OutputFolder:
         check_usable(self.output, overwrite=self._overwrite)
@@ -66,8 +73,38 @@ class OutputFolder:
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._journal.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """What is being written is finished first, so that a run that was cut keeps it."""
+        try:
+            self.settle()
+        except Exception as own:
+            if error is None:
+                raise
+            error.add_note(f"and what was being written beside it failed: {own}")
+        finally:
+            self._writer.shutdown()
+            self._journal.close()
+
+    def later(self, add: Callable[[], None]) -> None:
+        """Have `add` add a part in a thread, beside what the caller goes on with.
+
+        One at a time, so that the journal stays in order and no more than one waits in memory: the part before is
+        waited for, and what went wrong with it is raised here, or by `settle`.
+        """
+        self.settle()
+        self._pending = self._writer.submit(self._timed, add)
+
+    def _timed(self, add: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        add()
+        self.behind += time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Wait until all that was handed to `later` is on the disk. Raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with phase("write"):
+                pending.result()
 
     def _check_partial(self) -> None:
         """What lies under the name of a cut run must be one: leftovers in it are deleted."""
@@ -206,6 +243,7 @@ class OutputFolder:
 
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns; in a run that is taken up again, what it returned the first time. name: KEPT + ..."""
+        self.settle()  # there is one journal
         kept = self.partial / name
         if name in self._kept:
             return load_file(kept)
@@ -234,6 +272,7 @@ class OutputFolder:
 
         config None: the files say all themselves, and neither config nor index is written.
         """
+        self.settle()
         weight_map, records, _ = self._final()
         total = sum(record["bytes"] for record in records)
         if config is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import allocate, chats, equivalence, recovery, rotation, text, verification
+from llmquant import allocate, chats, domain, equivalence, recovery, rotation, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
+from llmquant.card import turned
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.endtoend import keep_lean, tune_all
@@ -35,7 +37,8 @@ from llmquant.estimate import Row, Work
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
 from llmquant.output import ALLOCATION, CALIBRATION, CURVATURE, OutputFolder, check_usable
-from llmquant.plan import make_plan, with_recipe
+from llmquant.phases import phase, timed
+from llmquant.plan import Plan, make_plan, with_recipe
 from llmquant.recipe import Recipe
 from llmquant.saving import restore, save_block, stored, stored_name
 from llmquant.scaling import Scales
@@ -70,9 +73,10 @@ def prepare(
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     turning = partial(progress, "rotate")
-    checkpoint, model = rotation.opened(
-        Checkpoint(locate(job.model)), job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job)
-    )
+    base = Checkpoint(locate(job.model))
+    chosen = _rotation(job, base, output, progress) if job.rotate == rotation.AUTO else None
+    job = job if chosen is None else replace(job, rotate=chosen["chosen"])
+    checkpoint, model = rotation.opened(base, job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job))
     calibration = job.calibration
     length = 0
     if calibration is not None and not model.causal:
@@ -80,17 +84,47 @@ def prepare(
             f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
             "those only: use --quality fast, which reads weights only"
         )
-    if (shown := _shown(job)) is not None and model.causal:
+    if (shown := _seen(job)) is not None and model.causal:
         length = _length(model.config, shown)
     work, budget = _work(job, length, offload), job.budget
     recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget)
     plan = make_plan(checkpoint, model, recipe, output, work, max_memory)
     if budget is not None:
         plan = allocate.planned(plan, checkpoint, model, job.recipe, budget, max_memory)
-    return Prepared(job, checkpoint, model, plan, length, offload)
+    if chosen is not None:
+        plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
+    return Prepared(job, checkpoint, model, plan, length, chosen, offload)
 
 
-def _shown(job: Job) -> Calibration | None:
+def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> dict[str, Any]:
+    """Which rotation, and why: by a trial of each, but where scales are moved, which holds outliers and costs less.
+
+    Measured with `balanced`: eval/results/rotations.json.
+    """
+    calibrated = job.calibration is not None
+    rules = job.recipe.settled(calibrated).rules
+    if any(rule.solver in SCALED for rule in rules if rule.format is not None):
+        return {"chosen": "none", "reason": "scales are moved instead, which holds outliers and costs less"}
+    found: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for mode in rotation.MODES:
+        step = partial(progress, f"try rotation {mode}")
+        try:
+            checkpoint, model = rotation.opened(base, mode, job.seed, dtype=job.dtype, **loading(job))
+        except PlanError as error:
+            if mode == "none":
+                raise
+            refused[mode] = str(error)
+            continue
+        if not model.causal:
+            return {"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"}
+        rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
+        windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
+        found[mode] = trial.divergence(model, rows, windows, step)
+    return trial.decide(found) | ({"refused": refused} if refused else {})
+
+
+def _seen(job: Job) -> Calibration | None:
     """What is shown to the model: for calibration or, where there is none, to see what formats cost."""
     return SHOWN if job.calibration is None and job.budget is not None else job.calibration
 
@@ -104,6 +138,7 @@ def _work(job: Job, length: int, offload: Path | None) -> Work:
         batch=min(calibration.batch, calibration.samples) * length,
         curvature=calibration.curvature,
         sampled=calibration.source == "self",
+        checked=min(domain.TOKENS, calibration.samples * length) if calibration.checked else 0,
         tuning=job.tuning,
         offload=offload is not None,
     )
@@ -116,53 +151,96 @@ def quantize(
     """Carry out the plan, or what is left of it from a run that was cut. Returns the manifest.
 
     verify: read the result back and compare it with the original (see verification.py) before it gets its name. Raises
-    VerificationError where they are further apart than the format explains.
+    VerificationError where they are further apart than the format explains. In what is returned, but not in the file,
+    are "phases", seconds by what was done, and "behind", those of the writing that went on beside it.
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
     """
     job, model = prepared.job, prepared.model
     blocks = len(model.block_names)
-    shard = partial("model-{:05d}-of-{:05d}.safetensors".format)
     tuned = prepared.plan.tuning
     settings = {**job.settings(prepared.checkpoint), "codes_tuned": tuned is not None and tuned.shifts}
-    with OutputFolder(output, settings, overwrite=overwrite) as folder:
+    with timed() as seconds, OutputFolder(output, settings, overwrite=overwrite) as folder:
         prepared, allocation = _allocated(prepared, folder, progress)
         plan = prepared.plan
         streams, curves = _calibrate(prepared, folder, progress)
-        places = [] if streams is None else _places(prepared, progress)
+        places = _places(prepared)
         for block in range(blocks):
-            done = sum(row.weights for earlier in range(block) for row in plan.of_block(earlier))
-            step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", done, plan.weights)
-            if block in folder.records and streams is None:
-                continue
-            model.load_block(block)
-            swap = WeightSwap()
-            if block in folder.records:
-                restore(prepared, folder, block, swap)
-            else:
-                scales = None if streams is None else Scales(streams, block, swap, places[block])
-                results = solve_block(prepared, block, streams, curves, swap, scales, step)
-                keep_lean(folder, block, results)
-                changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
-                name = shard(block + 1, blocks + 1)
-                save_block(prepared, folder, block, name, results, changed=changed, noted=noted)
-            if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
-                streams.advance(block, swap)
-            model.unload_block(block)
+            if block not in folder.records or streams is not None:
+                _do_block(prepared, folder, block, streams, curves, places, progress)
         if blocks not in folder.records:
-            save_block(prepared, folder, None, shard(blocks + 1, blocks + 1), solve_outside(prepared, streams))
-        tuning = tune_all(prepared, folder, streams, progress) if streams is not None and job.tuning else {}
+            results = solve_outside(prepared, streams)
+            folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
+        folder.settle()
+        tuning: dict[str, Any] = {}
+        if streams is not None and job.tuning:
+            with phase("tune", whole=True):
+                tuning = tune_all(prepared, folder, streams, progress)
         progress("finish", plan.weights, plan.weights)
-        folder.assemble(_config(prepared), prepared.checkpoint.companions())
-        if allocation:
-            folder.write_json(RECIPE, allocation["recipe"])
-        manifest = {**_manifest(prepared, folder), **tuning, **({"allocation": allocation} if allocation else {})}
-        if not verify:
+        with phase("finish", whole=True):
+            folder.assemble(_config(prepared), prepared.checkpoint.companions())
+            manifest = {**_manifest(prepared, folder), **tuning}
+            if allocation:
+                folder.write_json(RECIPE, allocation["recipe"])
+                manifest["allocation"] = allocation
+        timeless: dict[str, Any] = {}
+        if verify:
+            with phase("verify", whole=True):
+                found = _verify(prepared, folder, manifest, progress)
+            manifest["verification"] = found.to_json()
+            timeless = {"verification": found.to_json() | {"seconds": found.seconds}}
+        with phase("finish", whole=True):
             folder.finish(manifest)
-            return manifest
-        found = _verify(prepared, folder, manifest, progress)
-        folder.finish(manifest | {"verification": found.to_json()})
-    return manifest | {"verification": found.to_json() | {"seconds": found.seconds}}
+    return manifest | timeless | {"phases": dict(seconds), "behind": folder.behind}
+
+
+def _do_block(
+    prepared: Prepared,
+    folder: OutputFolder,
+    block: int,
+    streams: Streams | None,
+    curves: dict[str, Tensor],
+    places: Iterator[list[Place]],
+    progress: Progress,
+) -> None:
+    """Solve a block, or take what an earlier run left of it; have it written; advance the streams.
+
+    What was read of the block, and what was solved, is let go of at the end, but for what is still being written.
+    """
+    job, model, plan = prepared.job, prepared.model, prepared.plan
+    blocks = len(model.block_names)
+    step = partial(_progress_within, progress, f"block {block + 1} of {blocks}", _done(plan, block), plan.weights)
+    step(0)
+    if block + 1 < blocks:
+        prepared.checkpoint.prefetch(model.block_keys(block + 1))
+    with phase("scales", whole=True):
+        own_places = next(places)
+    with phase("load"):
+        model.load_block(block)
+    swap = WeightSwap()
+    if block in folder.records:
+        restore(prepared, folder, block, swap)
+    else:
+        scales = None if streams is None else Scales(streams, block, swap, own_places)
+        results = solve_block(prepared, block, streams, curves, swap, scales, step)
+        keep_lean(folder, block, results)
+        changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
+        name = _shard(prepared, block)
+        folder.later(partial(save_block, prepared, folder, block, name, results, changed=changed, noted=noted))
+    if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
+        streams.advance(block, swap)
+    with phase("load"):
+        model.unload_block(block)
+
+
+def _shard(prepared: Prepared, part: int) -> str:
+    """The file of a block, or of what lies outside them, the last."""
+    return f"model-{part + 1:05d}-of-{len(prepared.model.block_names) + 1:05d}.safetensors"
+
+
+def _done(plan: Plan, block: int) -> int:
+    """Weights before a block."""
+    return sum(row.weights for row in plan.rows if row.block is not None and row.block < block)
 
 
 def _progress_within(progress: Progress, what: str, before: int, total: int, done: int) -> None:
@@ -174,7 +252,7 @@ def _progress_within(progress: Progress, what: str, before: int, total: int, don
 
 def _allocated(prepared: Prepared, folder: OutputFolder, progress: Progress) -> tuple[Prepared, dict[str, Any] | None]:
     """With the formats that a budget allows, and how they were chosen; as it was where there is none."""
-    job, shown = prepared.job, _shown(prepared.job)
+    job, shown = prepared.job, _seen(prepared.job)
     if job.budget is None or shown is None:
         return prepared, None
     seen = shown if shown.curvature else replace(shown, curvature=1.0)
@@ -184,7 +262,8 @@ def _allocated(prepared: Prepared, folder: OutputFolder, progress: Progress) -> 
         curves = partial(_kept_curvature, prepared, windows, seen, folder, progress)
         return allocate.allocate(prepared, windows, seen.batch, curves, progress)
 
-    found: dict[str, Any] = folder.kept_json(ALLOCATION, make)
+    with phase("choose", whole=True):
+        found: dict[str, Any] = folder.kept_json(ALLOCATION, make)
     recipe, calibrated = Recipe.from_json(found["recipe"]), job.calibration is not None
     plan = with_recipe(prepared.plan, prepared.checkpoint, prepared.model, recipe, calibrated)
     return replace(prepared, plan=plan), found
@@ -209,7 +288,7 @@ def _calibrate(
 
 
 def _kept_windows(prepared: Prepared, calibration: Calibration, folder: OutputFolder, progress: Progress) -> Tensor:
-    return folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
+    return folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress))["tokens"]
 
 
 def _kept_curvature(
@@ -224,6 +303,7 @@ def _offloaded(prepared: Prepared, folder: OutputFolder) -> Path | None:
     return (prepared.offload or folder.partial) if prepared.plan.offload else None
 
 
+@phase("curvature", whole=True)
 def _curvature(
     prepared: Prepared, windows: Tensor, calibration: Calibration, spill: Path, progress: Progress
 ) -> dict[str, Tensor]:
@@ -255,8 +335,44 @@ def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> 
     return text.window_length(config, calibration.length or min(512, text.window_length(config)))
 
 
+def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
+    """What calibration shows: tokens (samples, length) int64; where text was looked at, excess, how far it is from what
+    the model was made for, nats a token, and own (samples,) bool, the windows that the model wrote anew for that.
+
+    Calibrated on such text alone a model can end worse than without any; half of it in its own words, nearly as on the
+    right text.
+    """
+    windows = _windows(prepared, calibration, progress)
+    if not calibration.checked:
+        return {"tokens": windows}
+    looking = partial(progress, "look at text")
+    with phase("forward", whole=True):
+        found = domain.excess(prepared.model, windows, batch=calibration.batch, progress=looking)
+    own = torch.zeros(len(windows), dtype=torch.bool)
+    if found > domain.MOST:
+        own[torch.arange(len(windows) - 1, -1, -2)] = True  # of those summed and of those held out
+        what = (
+            f"{calibration.source}: is not the kind of text that the model was made for: its tokens cost it "
+            f"{found:.2f} nats more than it expects, and {domain.MOST} are allowed"
+        )
+        try:
+            windows[own] = _sampled(prepared, int(own.sum()), progress)
+        except DataError as error:
+            raise DataError(
+                f"{what}; and half of the windows cannot be the model's own samples instead: {error}; or take the text "
+                "as it is with --no-calibration-check"
+            ) from error
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d windows are the model's own samples instead; give other text, or leave --calibration away",
+            what,
+            int(own.sum()),
+            len(windows),
+        )
+    return {"tokens": windows, "excess": torch.tensor(found, dtype=torch.float64), "own": own}
+
+
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
-    """Calibration tokens (samples, length) int64."""
+    """Calibration tokens (samples, length) int64, as they were asked for."""
     job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     if text.holds_tokens(calibration.source):
         return text.read_tokens(calibration.source, count=calibration.samples, vocabulary=config.vocab_size)
@@ -265,6 +381,13 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
         return text.calibration_windows(
             tokenizer, calibration.source, count=calibration.samples, length=prepared.length, seed=job.seed
         )
+    return _sampled(prepared, calibration.samples, progress)
+
+
+@phase("sample", whole=True)
+def _sampled(prepared: Prepared, count: int, progress: Progress) -> Tensor:
+    """Windows (count, length) int64 that the model writes by itself."""
+    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     _check_room(prepared)
     model = loader_of(prepared.checkpoint.config()).from_pretrained(
         folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
@@ -272,7 +395,7 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
     windows = text.sample_windows(
         model.to(job.device).eval(),
         bos_token_id=config.bos_token_id,
-        count=calibration.samples,
+        count=count,
         length=prepared.length,
         seed=job.seed,
         turns=_turns(prepared),
@@ -306,13 +429,13 @@ def _check_room(prepared: Prepared) -> None:
         )
 
 
-def _places(prepared: Prepared, progress: Progress) -> list[list[Place]]:
-    """Of every block, where scales can be moved, if a solver wants it; float32 shows it."""
-    if not any(row.rule.solver in SCALED for row in prepared.plan.rows):
-        return [[] for _ in prepared.model.block_names]
+def _places(prepared: Prepared) -> Iterator[list[Place]]:
+    """Of block after block, where scales can be moved, if a solver wants it; float32 shows it."""
+    if prepared.job.calibration is None or not any(row.rule.solver in SCALED for row in prepared.plan.rows):
+        return repeat([])
     checkpoint = prepared.checkpoint
     model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
-    return equivalence.find_all(model, partial(progress, "scales"))
+    return equivalence.find_all(model)
 
 
 # ---- the end
@@ -363,11 +486,23 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         "bytes_after": plan.bytes_after,
         "kept_dense": [asdict(kept) for kept in plan.kept],
         "recoveries": recovery.of_run(reports),
+        **_fit(folder),
+        **({} if prepared.rotation is None else {"rotation": prepared.rotation}),
         **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
         "scaled": scaled,
         "tensors": reports,
         "histograms": [_histogram(prepared, folder, row) for row in _worst(plan.rows, reports)],
     }
+
+
+def _fit(folder: OutputFolder) -> dict[str, Any]:
+    """How the calibration text fits the model, where it was looked at."""
+    path = folder.partial / CALIBRATION
+    shown = load_file(path) if path.is_file() else {}
+    if "excess" not in shown:
+        return {}
+    facts = {"excess": float(shown["excess"]), "bound": domain.MOST}
+    return {"calibration_fit": {**facts, "windows": len(shown["own"]), "own_windows": int(shown["own"].sum())}}
 
 
 def _worst(rows: Iterable[Row], reports: list[dict[str, Any]]) -> list[Row]:

@@ -23,6 +23,7 @@ from llmquant.solvers import Solution
 from llmquant.solving import Result, put
 
 
+@torch.no_grad()
 def save_block(
     prepared: Prepared,
     folder: OutputFolder,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmquant.calibration import Stage, Streams, WeightSwap
 from llmquant.equivalence import Place, in_place
 from llmquant.formats import Format
+from llmquant.phases import phase
 from llmquant.stats import Stats, energy, finite_rows
 
 WORTH = 0.95  # of the rounding error: where balance gains less, GPTQ makes more of the weights as they are
@@ -97,6 +98,7 @@ class Scales:
         return columns
 
 
+@phase("solve")
 def balance(scales: Scales, place: Place, stats: Stats, formats: dict[str, Format]) -> Stats:
     """Give the readers' columns equal norms where plain rounding then loses clearly less of their outputs.
 
@@ -128,6 +130,7 @@ def _rounded(w: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return fmt.decode(*fmt.quantize(scaled, clip="minmax")).div_(scale)
 
 
+@phase("solve")
 def awq(scales: Scales, place: Place, formats: dict[str, Format]) -> None:
     """Multiply columns by a power of the mean size of what they read, the one that harms what the readers make least.
 

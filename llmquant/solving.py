@@ -17,6 +17,7 @@ from llmquant.errors import (
 from llmquant.estimate import Row
 from llmquant.job import Prepared
 from llmquant.matrices import Target
+from llmquant.phases import phase
 from llmquant.scaling import Scales, awq, balance
 from llmquant.solvers import TUNERS, Solution, default_of
 from llmquant.solvers.block_tuning import Part
@@ -178,6 +179,7 @@ def _original(swap: WeightSwap, row: Row) -> Tensor:
     return row.target.seen(swap.pairs[row.target.parameter][1]).float()
 
 
+@phase("solve")
 def _tune_block(
     prepared: Prepared, block: int, streams: Streams, swap: WeightSwap, results: dict[str, Result]
 ) -> dict[str, Solution]:
@@ -211,6 +213,7 @@ def solve_outside(prepared: Prepared, streams: Streams | None) -> list[Result]:
     return results
 
 
+@phase("solve")
 def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     """weight (out, in) in the model's type."""
     w = weight.float()
@@ -255,10 +258,12 @@ def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, output
     }
 
 
+@phase("put")
 def put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
     _put_weight(prepared, swap, row, row.format.decode(solution.codes, solution.grid))
 
 
+@phase("put")
 def _put_weight(prepared: Prepared, swap: WeightSwap, row: Row, weight: Tensor) -> None:
     parameter = prepared.model.model.get_parameter(row.target.parameter)
     stored = row.target.stored(weight.to(prepared.model.dtype))

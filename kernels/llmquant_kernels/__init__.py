@@ -12,10 +12,21 @@ from torch import Tensor
 
 from .cpu import CpuDecode, CpuInt4, CpuInt4Pair, CpuInt8
 from .reference import Reference, decode
-from .triton_backend import Triton
+from .triton_backend import Triton, TritonExperts
 from .weight import Facts, PackedWeight, Prepared
 
-__all__ = ["BACKENDS", "Facts", "PackedWeight", "Prepared", "choose", "decode", "explain", "linear", "prepare"]
+__all__ = [
+    "BACKENDS",
+    "Facts",
+    "PackedWeight",
+    "Prepared",
+    "TritonExperts",
+    "choose",
+    "decode",
+    "explain",
+    "linear",
+    "prepare",
+]
 
 # The first that does not refuse is taken. The last one refuses nothing but dtypes.
 BACKENDS: tuple[type[Prepared], ...] = (Triton, CpuInt4, CpuInt8, CpuInt4Pair, CpuDecode, Reference)

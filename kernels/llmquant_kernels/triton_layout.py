@@ -43,7 +43,8 @@ class Spec(NamedTuple):
     """All that the kernels must know of a weight beside its tensors; as text, an argument of the operators.
 
     numbers: "int4": an unsigned integer less `zero`; "e2m1": sign, exponent, mantissa; "mag8": sign and an integer of 8
-    bits; "tab4": an index of a table.
+    bits; "tab4": an index of a table; "own4": of a table in memory, of all rows or of each; "row4": of
+    the row's own table, in bytes.
     """
 
     rows: int
@@ -88,7 +89,7 @@ class Layout:
     high: Tensor | None  # (strips, steps, 512) int16 or int8
     scale: Tensor | None  # (strips, steps, words, 16) int32: the scales of a row, side by side in words
     zero: Tensor | None  # the same of 16-bit floats: -zero * unit_of(numbers)
-    table: Tensor | None  # (padded rows or 1, 2**bits) float32
+    table: Tensor | None  # (padded rows or 1, 2**bits) float32; "row": (padded rows, 8) int32, see `table_bytes`
     row: Tensor  # (rows,) float32: what the products are multiplied by at the end
     offset: Tensor | None  # (rows, groups) float32: added to the weights of a group
 
@@ -130,7 +131,12 @@ def unit_of(numbers: str, dtype: torch.dtype) -> float:
 
 
 def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
-    """`dtype`, float16 or bfloat16, is that of the numbers multiplied. Raises ValueError as `numbers_of` does."""
+    """`dtype` is that of the activations; those of float32 are only decoded for, and laid out as for bfloat16.
+
+    Raises ValueError as `numbers_of` does.
+    """
+    only_decoded = dtype == torch.float32
+    dtype = torch.bfloat16 if only_decoded else dtype
     group, groups = min(weight.group, weight.shape[1]), weight.groups
     numbers = numbers_of(weight, dtype)
     padded = group if groups == 1 else -(-group // 16) * 16
@@ -141,9 +147,12 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
         table, scale = table * scale, torch.ones_like(scale)  # rounded once, as a dense weight is
     elif per_row and table is not None:
         per_row = False  # a table for all rows: weights are scaled before they are rounded
-    spec = Spec(
-        *weight.shape, group, padded, numbers.name, "fp32", 0 if per_row else STEP // unit, numbers.zero, boost=0
-    )
+    name = numbers.name
+    if table is not None and per_row and weight.bits in (2, 3, 4) and not only_decoded:
+        name, table = f"row{weight.bits}", table_bytes(table.to(dtype))
+    elif table is not None and (table.shape[0] > 1 or weight.bits > 5):
+        name = f"own{weight.bits}"
+    spec = Spec(*weight.shape, group, padded, name, "fp32", 0 if per_row else STEP // unit, numbers.zero, boost=0)
     row = torch.full((weight.shape[0],), 1 / unit_of(numbers.name, dtype), device=weight.packed.device)
     words = None
     if per_row:
@@ -163,6 +172,12 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
     if table is not None and table.shape[0] > 1:
         table = functional.pad(table, (0, 0, 0, -table.shape[0] % STRIP))
     return Layout(spec, low, high, words, zero, table, row.contiguous(), numbers.offset)
+
+
+def table_bytes(table: Tensor) -> Tensor:
+    """(rows, up to 16) 16-bit floats -> (rows, 8) int32: sixteen lower bytes, then sixteen upper ones."""
+    table = functional.pad(table, (0, 16 - table.shape[1])).contiguous()
+    return table.view(torch.uint8).unflatten(1, (16, 2)).transpose(1, 2).reshape(len(table), 32).view(torch.int32)
 
 
 def _stored(weight: PackedWeight) -> Tensor:
