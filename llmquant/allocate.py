@@ -209,6 +209,7 @@ def allocate(prepared: Prepared, windows: Tensor, batch: int, curves: Curves, pr
         "aim": aim(budget),
         "formats": list(budget.formats),
         "bits_per_weight": 8 * (taken + fixed) / plan.weights,
+        **({} if budget.kl is not None else {"bits_left": 8 * (_limit(plan, rows, budget) - taken) / plan.weights}),
         "tokens": shown.numel(),
         **found.facts,
         "sets": [

@@ -10,6 +10,8 @@ from typing import Any
 
 from llmquant.recipe import QUALITIES
 
+LEFT = 0.02  # bits a weight of a budget that may be left without a word
+
 
 def size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
@@ -46,6 +48,8 @@ def allocated(found: dict[str, Any]) -> str:
     known = {"predicted": found.get("predicted_kl"), "measured": found.get("measured_kl")}
     kl = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if value is not None)
     line = f"{found['aim']}, by {found['sensitivity']}: {chosen}"
+    if found.get("bits_left", 0.0) >= LEFT:
+        line += f"; {found['bits_left']:.3f} bits a weight are left: no mixture of these formats in between loses less"
     return f"{line}; KL with weights rounded to nearest, on {found['tokens']} tokens: {kl}" if kl else line
 
 

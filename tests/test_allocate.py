@@ -17,9 +17,10 @@ from test_pipeline import SMALL, contents, cut_after
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquant import allocate, formats, knapsack, pipeline, sensitivity
+from llmquant import allocate, card, formats, knapsack, pipeline, sensitivity
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import MANIFEST, Checkpoint
+from llmquant.cli_budget import budget_of
 from llmquant.errors import PlanError
 from llmquant.job import Budget, silent
 from llmquant.recipe import Recipe, Rule
@@ -196,6 +197,8 @@ def test_a_run_keeps_its_budget_and_its_recipe_gives_the_same_bytes(how: str, ll
     stored = sum(np.prod(tensor["shape"]) * tensor["bits_per_weight"] for tensor in facts["tensors"])
     assert stored / sum(np.prod(tensor["shape"]) for tensor in facts["tensors"]) <= 4.3
     assert len({tensor["format"] for tensor in facts["tensors"]}) > 1
+    assert facts["allocation"]["bits_left"] == pytest.approx(4.3 - facts["bits_per_weight"])
+    assert ("bits a weight are left" in card.allocated(facts["allocation"])) == (facts["bits_per_weight"] < 4.28)
     rules = Recipe.read(tmp_path / "out" / "recipe.json")
     assert {rule.pattern for rule in rules.rules} == {tensor["name"] for tensor in facts["tensors"]}
     again = pipeline.prepare(pipeline.Job(str(llama), rules, calibration=None), tmp_path / "again")
@@ -287,3 +290,19 @@ def test_a_large_model_is_not_measured_unless_asked(
     assert plan.sensitivity == "kl"
     assert "for 4 bits a weight by kl" in plan.notes[-1]
     json.dumps(plan.to_json())
+
+
+def test_words_of_the_command_line_become_a_budget_and_the_card_gives_them_back(llama: Path, tmp_path: Path) -> None:
+    assert budget_of(None, None, None, None, "auto") is None
+    assert budget_of(None, "1.5GB", None, None, "auto") == Budget(nbytes=1_500_000_000)
+    budget = budget_of(4.5, None, None, "int3:g32, int5:g32", "hessian")
+    assert budget == Budget(bits=4.5, formats=("int3:g32", "int5:g32"), sensitivity="hessian")
+    with pytest.raises(PlanError, match="--formats and --sensitivity go with"):
+        budget_of(None, None, None, "int3:g32,int5:g32", "auto")
+    with pytest.raises(PlanError, match="--target-size 'much'"):
+        budget_of(None, "much", None, None, "auto")
+    assert budget is not None
+    facts = pipeline.quantize(prepared(llama, tmp_path / "out", budget), tmp_path / "out")
+    words = card.command(facts)
+    assert "--target-bpw 4.5 --formats int3:g32,int5:g32 --sensitivity hessian --quality fast" in words
+    assert "for 4.5 bits a weight, by hessian: " in card.text(facts)
