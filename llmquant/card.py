@@ -55,8 +55,13 @@ def allocated(found: dict[str, Any]) -> str:
 
 def tuned(found: dict[str, Any]) -> str:
     """What end-to-end tuning came to, in a line. found: what the manifest notes of it."""
+    return f"{'kept' if found['kept'] else 'not kept'}: {learned(found)}"
+
+
+def learned(found: dict[str, Any]) -> str:
+    """What training came to, in a line. found: what the manifest notes of it."""
     first, least = found["divergences"][0][1], min(kl for _, kl in found["divergences"])
-    return f"{'kept' if found['kept'] else 'not kept'}: KL on held-out tokens {first:.4g} -> {least:.4g}"
+    return f"KL on held-out tokens {first:.4g} -> {least:.4g}"
 
 
 def fitted(found: dict[str, Any]) -> str:
@@ -83,16 +88,19 @@ def verified(found: dict[str, Any]) -> str:
     """What a verification says of outputs and logits, in a line. found: what the manifest notes of it."""
     if "unchecked" in found:
         return str(found["unchecked"])
+    bound = found["worst_bound"]
     return (
         f"on {found['tokens']} tokens: KL {found['kl_mean']:.4f}, the same likeliest token for "
         f"{found['top1_agreement']:.1%}; outputs of {found['worst_block']} off by {found['worst_error']:.4f} "
-        f"(bound {found['worst_bound']:.4f})"
+        f"({'trained' if bound is None else f'bound {bound:.4f}'})"
     )
 
 
 def command(facts: dict[str, Any]) -> str:
     """The command that makes the folder again. facts: its manifest."""
     settings = facts["settings"]
+    if "qat" in settings:
+        return _qat_command(facts)
     words = ["llmquant", "quantize", facts["model"]]
     rules, calibration = settings["recipe"], settings["calibration"]
     share = 0.0 if calibration is None else calibration["curvature"]
@@ -126,6 +134,19 @@ def command(facts: dict[str, Any]) -> str:
     return found if "rules.json" not in words else f"{found}\n\nrules.json:\n{json.dumps(rules, indent=1)}"
 
 
+def _qat_command(facts: dict[str, Any]) -> str:
+    settings, calibration = facts["settings"], facts["settings"]["calibration"]
+    course, (*others, last) = settings["qat"], settings["recipe"]
+    uniform = not others and last["pattern"] == "*" and not last["options"]
+    words = ["llmquant", "qat", facts["model"], *(["--format", last["format"]] if uniform else ["--recipe rules.json"])]
+    words += ["--data", calibration["source"], "--samples", str(calibration["samples"])]
+    words += ["--length", str(calibration["length"])] if calibration["length"] else []
+    given = {key: value for key, value in course.items() if key != "looks"}
+    words += [f"--{key.replace('_', '-')} {value}" for key, value in given.items()]
+    found = " ".join([*words, "--seed", str(settings["seed"])])
+    return found if uniform else f"{found}\n\nrules.json:\n{json.dumps(settings['recipe'], indent=1)}"
+
+
 def text(facts: dict[str, Any]) -> str:
     """Markdown with the hub's front matter. facts: the folder's manifest."""
     specs = sorted({tensor["format"] for tensor in facts["tensors"]})
@@ -143,6 +164,7 @@ def text(facts: dict[str, Any]) -> str:
         *([("calibration text", fitted(facts["calibration_fit"]))] if "calibration_fit" in facts else []),
         *([("rotation", turned(facts["rotation"]))] if "rotation" in facts else []),
         *([("tuning of all blocks together", tuned(facts["tuning"]))] if "tuning" in facts else []),
+        *([("trained while rounded", learned(facts["qat"]))] if "qat" in facts else []),
         *([("verified", verified(facts["verification"]))] if "verification" in facts else []),
         *((f"recovered: `{name}`", what) for name, what in recovered(facts)),
         *_measured(facts.get("evaluation") or {}),

@@ -1,4 +1,5 @@
-"""The command line: one verb, one call. What reads finished folders is in cli_check.py and cli_exchange.py."""
+"""The command line: one verb, one call. What reads finished folders is in cli_check.py and cli_exchange.py; what
+trains, in cli_train.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from llmquant import cli_check, cli_exchange
+from llmquant import cli_check, cli_exchange, cli_train
 from llmquant.card import alike, allocated, fitted, tuned, turned, verified
 from llmquant.cli_budget import budget_of, short
 from llmquant.cli_check import print_divergence
@@ -21,7 +22,7 @@ from llmquant.cli_common import (
     JsonOption,
     ModelArgument,
     TrustOption,
-    bytes_of,
+    bytes_named,
     dtype_named,
     duration,
     notes,
@@ -198,7 +199,7 @@ def quantize(
             folder,
             overwrite=overwrite,
             offload=offload_activations,
-            max_memory=bytes_of("--max-memory", max_memory),
+            max_memory=bytes_named(max_memory),
             progress=progress,
         )
     if text and not prepared.model.causal:
@@ -383,7 +384,7 @@ colons, in any order; scale types are fp16, bf16 and fp32, by default that of th
   nvfp4, mx4, mx6, mx9     none"""
 
 app.command("eval")(cli_check.evaluate)
-for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS):
+for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS, *cli_train.COMMANDS):
     app.command()(command)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmquant.cli_common import bytes_of
+from llmquant.cli_common import bytes_named
 from llmquant.errors import PlanError
 
 if TYPE_CHECKING:  # torch comes with it
@@ -17,7 +17,7 @@ def budget_of(
     """None where none is given. Raises PlanError."""
     from llmquant.job import FORMATS, Budget
 
-    nbytes = bytes_of("--target-size", size)
+    nbytes = bytes_named(size, "--target-size")
     if bits is None and nbytes is None and kl is None:
         if formats is not None or sensitivity != "auto":
             raise PlanError("--formats and --sensitivity go with --target-bpw, --target-size or --max-kl: give one")

@@ -178,8 +178,8 @@ def quantize(
                 tuning = tune_all(prepared, folder, streams, progress)
         progress("finish", plan.weights, plan.weights)
         with phase("finish", whole=True):
-            folder.assemble(_config(prepared), prepared.checkpoint.companions())
-            manifest = {**_manifest(prepared, folder), **tuning}
+            folder.assemble(result_config(prepared), prepared.checkpoint.companions())
+            manifest = {**result_manifest(prepared, folder), **tuning}
             if allocation:
                 folder.write_json(RECIPE, allocation["recipe"])
                 manifest["allocation"] = allocation
@@ -342,7 +342,7 @@ def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> 
     Calibrated on such text alone a model can end worse than without any; half of it in its own words, nearly as on the
     right text.
     """
-    windows = _windows(prepared, calibration, progress)
+    windows = shown_windows(prepared, calibration, progress)
     if not calibration.checked:
         return {"tokens": windows}
     looking = partial(progress, "look at text")
@@ -371,7 +371,7 @@ def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> 
     return {"tokens": windows, "excess": torch.tensor(found, dtype=torch.float64), "own": own}
 
 
-def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
+def shown_windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
     """Calibration tokens (samples, length) int64, as they were asked for."""
     job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     if text.holds_tokens(calibration.source):
@@ -458,12 +458,12 @@ def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], 
     return found
 
 
-def _config(prepared: Prepared) -> dict[str, Any]:
+def result_config(prepared: Prepared) -> dict[str, Any]:
     quantization = {"quant_method": "llmquant", "version": __version__, "formats": prepared.plan.modules()}
     return {**prepared.checkpoint.config(), "quantization_config": quantization}
 
 
-def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
+def result_manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
     """All about the run that does not depend on when and where it ran."""
     plan, job = prepared.plan, prepared.job
     scaled = [note for part in sorted(folder.records) for note in folder.records[part].get("scaled", [])]

@@ -35,7 +35,7 @@ def test_folders_of_scripts_and_kernels_are_no_packages() -> None:
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_kernels_import_torch_and_triton_only(path: Path) -> None:
-    scripts = {"bench", "bench_gpu"} if path.name.startswith("bench") else set()
+    scripts = {"bench", "bench_gpu", "bench_rivals"} if path.name.startswith("bench") else set()
     allowed = {*sys.stdlib_module_names, "torch", "triton", "llmquant_kernels", "", *scripts}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
@@ -93,6 +93,10 @@ FORBIDDEN = {
     "saving": ["pipeline", "endtoend", "plan", "recipe", "cli", "hf", "linear"],
     "endtoend": ["pipeline", "plan", "recipe", "cli", "hf", "linear"],
     "pipeline": ["cli", "api", "exchange", "hf", "linear"],
+    "trained": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
+    "teacher": [room for room in WRITING if room not in ("blocks", "calibration", "stats")],
+    "fake_quantize": [*WRITING, "checkpoint", "hf", "linear", "text", "metrics"],
+    "qat": ["cli", "api", "exchange", "hf", "linear"],
     "exchange": ["cli", "api", "pipeline", "plan", "blocks", "calibration", "solvers", "hf", "linear"],
     "generation": [*WRITING, "exchange", "hf", "linear"],
     "adapters": [room for room in WRITING if room != "exchange"],
@@ -121,7 +125,15 @@ def test_imports_run_one_way(room: str) -> None:
 
 def test_every_room_has_its_rule() -> None:
     rooms = {path.relative_to(ROOT / "llmquant").parts[0].removesuffix(".py") for path in PACKAGE}
-    assert rooms - set(FORBIDDEN) == {"__init__", "cli", "cli_check", "cli_exchange", "format_table", "version"}
+    assert rooms - set(FORBIDDEN) == {
+        "__init__",
+        "cli",
+        "cli_check",
+        "cli_exchange",
+        "cli_train",
+        "format_table",
+        "version",
+    }
 
 
 def test_only_one_room_touches_the_private_loading_api() -> None:
