@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import chats, domain, equivalence, recovery, rotation, text, trial, verification
+from llmquant import allocate, chats, domain, equivalence, recovery, rotation, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
 from llmquant.card import turned
@@ -37,16 +37,20 @@ from llmquant.errors import (
 from llmquant.estimate import Row, Work
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
-from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
+from llmquant.output import ALLOCATION, CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.phases import phase, timed
-from llmquant.plan import Plan, make_plan
-from llmquant.ranks import Parcel, Ranks, join
+from llmquant.plan import Plan, make_plan, with_recipe
+from llmquant.ranks import SINGLE, Parcel, Ranks, join
+from llmquant.recipe import Recipe
 from llmquant.saving import restore, save_block, stored, stored_name
 from llmquant.scaling import Scales
 from llmquant.solving import solve_block, solve_outside
 from llmquant.verification import Verification
 from llmquant.version import __version__
 
+# Of a run without calibration whose formats are chosen.
+SHOWN = Calibration(samples=16, curvature=1.0)
+RECIPE = "recipe.json"  # the rules that were chosen, in the result
 SCALED = ("awq", "gptq")  # solvers before which scales are moved
 
 __all__ = ["Calibration", "Job", "Prepared", "Progress", "prepare", "quantize", "silent"]
@@ -81,15 +85,18 @@ def prepare(
     checkpoint, model = rotation.opened(base, job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job))
     calibration = job.calibration
     length = 0
-    if calibration is not None:
-        if not model.causal:
-            raise PlanError(
-                f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
-                "those only: use --quality fast, which reads weights only"
-            )
-        length = ranks.alone(lambda: Parcel(_length(model.config, calibration))).facts
-    place = output if ranks.first else None
-    plan = make_plan(checkpoint, model, job.recipe, place, _work(job, length, offload, ranks), max_memory)
+    if calibration is not None and not model.causal:
+        raise PlanError(
+            f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
+            "those only: use --quality fast, which reads weights only"
+        )
+    if (shown := _seen(job)) is not None and model.causal:
+        length = ranks.alone(partial(_length, model.config, shown)).facts
+    work, budget = _work(job, length, offload, ranks), job.budget
+    recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget)
+    plan = make_plan(checkpoint, model, recipe, output if ranks.first else None, work, max_memory)
+    if budget is not None:
+        plan = allocate.planned(plan, checkpoint, model, job.recipe, budget, max_memory)
     ranks.agree(_decisive(job, checkpoint, plan))
     if chosen is not None:
         plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
@@ -137,6 +144,11 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> P
     return Parcel(trial.decide(found) | ({"refused": refused} if refused else {}))
 
 
+def _seen(job: Job) -> Calibration | None:
+    """What is shown to the model: for calibration or, where there is none, to see what formats cost."""
+    return SHOWN if job.calibration is None and job.budget is not None else job.calibration
+
+
 def _work(job: Job, length: int, offload: Path | None, ranks: Ranks) -> Work:
     calibration = job.calibration
     if calibration is None:
@@ -177,6 +189,7 @@ def quantize(
 def _quantize(prepared: Prepared, folder: OutputFolder | None, verify: bool, progress: Progress) -> dict[str, Any]:
     ranks, blocks = prepared.ranks, len(prepared.model.block_names)
     with timed() as seconds:
+        prepared, allocation = _allocated(prepared, folder, progress)
         solved = set(ranks.alone(lambda: Parcel(list(folder.records) if folder else [])).facts)
         streams, curves = _calibrate(prepared, folder, progress)
         places = _places(prepared)
@@ -188,7 +201,7 @@ def _quantize(prepared: Prepared, folder: OutputFolder | None, verify: bool, pro
             if folder is not None:
                 folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
         wanted = streams.gathered() if streams is not None and prepared.job.tuning else None
-        ended = ranks.alone(partial(_finish, prepared, folder, streams, wanted, verify, progress))
+        ended = ranks.alone(partial(_finish, prepared, folder, streams, wanted, allocation, verify, progress))
     return ended.facts | {"phases": dict(seconds), "behind": 0.0 if folder is None else folder.behind}
 
 
@@ -197,6 +210,7 @@ def _finish(
     folder: OutputFolder | None,
     streams: Streams | None,
     wanted: list[Tensor] | None,
+    allocation: dict[str, Any] | None,
     verify: bool,
     progress: Progress,
 ) -> Parcel:
@@ -214,6 +228,9 @@ def _finish(
     with phase("finish", whole=True):
         folder.assemble(result_config(prepared), prepared.checkpoint.companions())
         manifest = {**result_manifest(prepared, folder), **tuning}
+        if allocation:
+            folder.write_json(RECIPE, allocation["recipe"])
+            manifest["allocation"] = allocation
     timeless: dict[str, Any] = {}
     if verify:
         with phase("verify", whole=True):
@@ -281,6 +298,38 @@ def _progress_within(progress: Progress, what: str, before: int, total: int, don
     progress(what, before + done, total)
 
 
+# ---- formats
+
+
+def _allocated(
+    prepared: Prepared, folder: OutputFolder | None, progress: Progress
+) -> tuple[Prepared, dict[str, Any] | None]:
+    """With the formats that a budget allows, and how they were chosen, by the first process; as it was where there is
+    none.
+    """
+    job, shown = prepared.job, _seen(prepared.job)
+    if job.budget is None or shown is None:
+        return prepared, None
+    seen = shown if shown.curvature else replace(shown, curvature=1.0)
+
+    alone = replace(prepared, ranks=SINGLE)
+
+    def make() -> dict[str, Any]:
+        windows = _kept_windows(alone, seen, folder, progress)
+        curves = partial(_kept_curvature, alone, windows, seen, folder, progress)
+        return allocate.allocate(alone, windows, seen.batch, curves, progress)
+
+    def chosen() -> Parcel:
+        assert folder is not None
+        with phase("choose", whole=True):
+            return Parcel(folder.kept_json(ALLOCATION, make))
+
+    found: dict[str, Any] = prepared.ranks.alone(chosen).facts
+    recipe, calibrated = Recipe.from_json(found["recipe"]), job.calibration is not None
+    plan = with_recipe(prepared.plan, prepared.checkpoint, prepared.model, recipe, calibrated)
+    return replace(prepared, plan=plan), found
+
+
 # ---- calibration
 
 
@@ -291,26 +340,42 @@ def _calibrate(
     calibration, ranks = prepared.job.calibration, prepared.ranks
     if calibration is None:
         return None, {}
+    windows = _kept_windows(prepared, calibration, folder, progress)
+    place = _spill(prepared, folder) if prepared.plan.offload else None
+    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place, ranks)
+    if not calibration.curvature:
+        return streams, {}
+    return streams, _kept_curvature(prepared, windows, calibration, folder, progress)
 
+
+def _kept_windows(
+    prepared: Prepared, calibration: Calibration, folder: OutputFolder | None, progress: Progress
+) -> Tensor:
     def shown() -> Parcel:
         assert folder is not None
         return Parcel(None, folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress)))
 
-    windows = ranks.alone(shown).tensors["tokens"].cpu()
-    spill = prepared.offload or (Path(tempfile.gettempdir()) if folder is None else folder.partial)
-    place = spill if prepared.plan.offload else None
-    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place, ranks)
-    if not calibration.curvature:
-        return streams, {}
+    return prepared.ranks.alone(shown).tensors["tokens"].cpu()
+
+
+def _kept_curvature(
+    prepared: Prepared, windows: Tensor, calibration: Calibration, folder: OutputFolder | None, progress: Progress
+) -> dict[str, Tensor]:
+    """All processes find it together, and the first one keeps it."""
 
     def kept() -> Parcel:
         known = folder is not None and folder.keeps(CURVATURE)
         return Parcel(known, folder.kept(CURVATURE, dict) if folder is not None and known else {})
 
-    if (found := ranks.alone(kept)).facts:
-        return streams, found.tensors
-    curves = _curvature(prepared, windows, calibration, spill, progress)
-    return streams, curves if folder is None else folder.kept(CURVATURE, lambda: curves)
+    if (found := prepared.ranks.alone(kept)).facts:
+        return found.tensors
+    curves = _curvature(prepared, windows, calibration, _spill(prepared, folder), progress)
+    return curves if folder is None else folder.kept(CURVATURE, lambda: curves)
+
+
+def _spill(prepared: Prepared, folder: OutputFolder | None) -> Path:
+    """Where hidden states lie, if not in memory."""
+    return prepared.offload or (Path(tempfile.gettempdir()) if folder is None else folder.partial)
 
 
 @phase("curvature", whole=True)
@@ -339,11 +404,11 @@ def _curvature(
     return {name: part.blocks for name, part in found.items()}
 
 
-def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> int:
+def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> Parcel:
     """Tokens of a window: as asked, as in the tokens that are given, or as the model allows."""
     if text.holds_tokens(calibration.source):
-        return text.token_length(calibration.source, config, calibration.length)
-    return text.window_length(config, calibration.length or min(512, text.window_length(config)))
+        return Parcel(text.token_length(calibration.source, config, calibration.length))
+    return Parcel(text.window_length(config, calibration.length or min(512, text.window_length(config))))
 
 
 def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
