@@ -44,6 +44,26 @@ def tuned(found: dict[str, Any]) -> str:
     return f"{'kept' if found['kept'] else 'not kept'}: KL on held-out tokens {first:.4g} -> {least:.4g}"
 
 
+def fitted(found: dict[str, Any]) -> str:
+    """How calibration text fits the model, in a line. found: what the manifest notes of it."""
+    said = f"its tokens cost the model {found['excess']:.2f} nats more than it expects"
+    if not found["own_windows"]:
+        return said
+    return (
+        f"{said}, which is above {found['bound']:g}: {found['own_windows']} of {found['windows']} windows are the "
+        "model's own samples instead"
+    )
+
+
+def turned(found: dict[str, Any]) -> str:
+    """Which rotation was chosen, and why, in a line. found: what the manifest notes of it."""
+    if "reason" in found:
+        return f"{found['chosen']}: {found['reason']}"
+    tried = ", ".join(f"{mode} {kl:.4f}" for mode, kl in found["divergences"].items())
+    refused = "".join(f"; {mode} cannot be: {why}" for mode, why in found.get("refused", {}).items())
+    return f"{found['chosen']}: KL of plain rounding on random tokens: {tried}{refused}"
+
+
 def verified(found: dict[str, Any]) -> str:
     """What a verification says of outputs and logits, in a line. found: what the manifest notes of it."""
     if "unchecked" in found:
@@ -78,6 +98,7 @@ def command(facts: dict[str, Any]) -> str:
     if calibration is not None:
         words += ["--calibration", calibration["source"], "--samples", str(calibration["samples"])]
         words += ["--length", str(calibration["length"])] if calibration["length"] else []
+        words += [] if calibration["check"] else ["--no-calibration-check"]
     words += ["--seed", str(settings["seed"])]
     found = " ".join(words)
     return found if "rules.json" not in words else f"{found}\n\nrules.json:\n{json.dumps(rules, indent=1)}"
@@ -96,6 +117,8 @@ def text(facts: dict[str, Any]) -> str:
         ("bits a quantized weight, metadata counted", f"{facts['bits_per_weight']:.3f}"),
         ("matrices quantized", len(facts["tensors"])),
         ("kept as they are", ", ".join(f"`{kept['name']}`" for kept in facts["kept_dense"]) or "embeddings and head"),
+        *([("calibration text", fitted(facts["calibration_fit"]))] if "calibration_fit" in facts else []),
+        *([("rotation", turned(facts["rotation"]))] if "rotation" in facts else []),
         *([("tuning of all blocks together", tuned(facts["tuning"]))] if "tuning" in facts else []),
         *([("verified", verified(facts["verification"]))] if "verification" in facts else []),
         *((f"recovered: `{name}`", what) for name, what in recovered(facts)),

@@ -15,7 +15,7 @@ import typer
 from rich.table import Column, Table
 
 from llmquant import cli_check, cli_exchange
-from llmquant.card import alike, tuned, verified
+from llmquant.card import alike, fitted, tuned, turned, verified
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
@@ -89,7 +89,11 @@ def quantize(
         str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
     ] = None,
     rotate: Annotated[
-        str, typer.Option(help="Fold random rotations into the weights: none, value (of heads), residual (these too).")
+        str,
+        typer.Option(
+            help="Fold random rotations into the weights: none, value (of heads), residual (these too), or auto: the "
+            "best in a trial."
+        ),
     ] = "none",
     calibration: Annotated[
         str | None,
@@ -98,6 +102,14 @@ def quantize(
             ".safetensors with an int64 tensor named tokens, (windows, length) [self]."
         ),
     ] = None,
+    no_calibration_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-calibration-check",
+            help="Take text as it is, also where it is not of the kind that the model was made for; half of it is the "
+            "model's own samples then, otherwise.",
+        ),
+    ] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
     batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
@@ -151,6 +163,7 @@ def quantize(
         rules,
         quality=quality,
         calibration=calibration,
+        calibration_check=not no_calibration_check,
         samples=samples,
         length=length,
         batch=batch,
@@ -249,7 +262,9 @@ def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
-    summary |= {key: manifest[key] for key in ("recoveries", "experts") if manifest.get(key)}
+    summary |= {
+        key: manifest[key] for key in ("recoveries", "experts", "calibration_fit", "rotation") if manifest.get(key)
+    }
     summary |= {"phases": manifest["phases"], "overhead": overhead(manifest["phases"]), "behind": manifest["behind"]}
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
@@ -268,6 +283,10 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     out.print(table)
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
+    if fit := manifest.get("calibration_fit"):
+        out.print(f"calibration text: {fitted(fit)}", highlight=False, soft_wrap=True)
+    if rotation := manifest.get("rotation"):
+        out.print(f"rotation: {turned(rotation)}", highlight=False, soft_wrap=True)
     if scaled := manifest["scaled"]:
         out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):

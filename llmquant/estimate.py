@@ -58,14 +58,15 @@ class Work:
     """What is done besides reading and writing weights. tokens 0: no calibration.
 
     batch: tokens that go through a block at once; curvature: the share of the tokens over which a backward pass goes;
-    sampled: whether the model writes the tokens; tuning: steps of end-to-end tuning, and means, how it is done;
-    offload: hidden states on disk.
+    sampled: whether the model writes the tokens; checked: tokens of text that are looked at before; tuning: steps of
+    end-to-end tuning, and means, how it is done; offload: hidden states on disk.
     """
 
     tokens: int = 0
     batch: int = 0
     curvature: float = 0.0
     sampled: bool = False
+    checked: int = 0
     tuning: int = 0
     means: Means | None = None
     offload: bool = False
@@ -144,6 +145,7 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     # Twice forward, once back, which is as dear without gradients of weights; both ways through the head.
     passes += 3 * work.curvature
     low_operations = 2 * work.tokens * passing * passes + 2 * 3 * work.curvature * work.tokens * head
+    low_operations += 2 * work.checked * (passing + head)
     low_operations += 2 * SLEEP * work.tokens * (passing + head) if work.sampled else 0
     low_operations += 2 * 3 * work.tuning * work.batch * passing
     high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)

@@ -30,7 +30,8 @@ class Calibration:
     source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, a dataset id, or token ids: a
     .safetensors with a tensor `tokens` (windows, length) int64. length None: that of given tokens, else 512, or the
     model's limit where that is lower. curvature: the share of the windows over which a backward pass finds out how the
-    loss curves, for the last step of rounding; 0: none.
+    loss curves, for the last step of rounding; 0: none. check: whether text that is not of the model's own kind is
+    mended (see domain.py).
     """
 
     source: str = "self"
@@ -38,6 +39,12 @@ class Calibration:
     length: int | None = None
     batch: int = 8
     curvature: float = 0.25
+    check: bool = True
+
+    @property
+    def checked(self) -> bool:
+        """Whether the text is looked at; what the model writes by itself need not be."""
+        return self.check and self.source != "self"
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Job:
     dtype: torch.dtype | None = None
     tuning: int = 0
     trust_remote_code: bool = False
-    rotate: str = "none"  # one of rotation.MODES
+    rotate: str = "none"  # one of rotation.MODES, or rotation.AUTO until it is known which
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {
@@ -77,6 +84,7 @@ class Prepared:
     model: StreamedModel
     plan: Plan
     length: int
+    rotation: dict[str, Any] | None = None  # how it was chosen, if that was left open
     offload: Path | None = None  # where the hidden states of calibration lie, if not in memory
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -19,9 +19,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import chats, equivalence, recovery, rotation, text, verification
+from llmquant import chats, domain, equivalence, recovery, rotation, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
+from llmquant.card import turned
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.endtoend import keep_lean, tune_all
@@ -68,9 +69,10 @@ def prepare(
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     turning = partial(progress, "rotate")
-    checkpoint, model = rotation.opened(
-        Checkpoint(locate(job.model)), job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job)
-    )
+    base = Checkpoint(locate(job.model))
+    chosen = _rotation(job, base, output, progress) if job.rotate == rotation.AUTO else None
+    job = job if chosen is None else replace(job, rotate=chosen["chosen"])
+    checkpoint, model = rotation.opened(base, job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job))
     calibration = job.calibration
     length = 0
     if calibration is not None:
@@ -81,7 +83,37 @@ def prepare(
             )
         length = _length(model.config, calibration)
     plan = make_plan(checkpoint, model, job.recipe, output, _work(job, length, offload), max_memory)
-    return Prepared(job, checkpoint, model, plan, length, offload)
+    if chosen is not None:
+        plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
+    return Prepared(job, checkpoint, model, plan, length, chosen, offload)
+
+
+def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> dict[str, Any]:
+    """Which rotation, and why: by a trial of each, but where scales are moved, which holds outliers and costs less.
+
+    Measured with `balanced`: eval/results/rotations.json.
+    """
+    calibrated = job.calibration is not None
+    rules = job.recipe.settled(calibrated).rules
+    if any(rule.solver in SCALED for rule in rules if rule.format is not None):
+        return {"chosen": "none", "reason": "scales are moved instead, which holds outliers and costs less"}
+    found: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for mode in rotation.MODES:
+        step = partial(progress, f"try rotation {mode}")
+        try:
+            checkpoint, model = rotation.opened(base, mode, job.seed, dtype=job.dtype, **loading(job))
+        except PlanError as error:
+            if mode == "none":
+                raise
+            refused[mode] = str(error)
+            continue
+        if not model.causal:
+            return {"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"}
+        rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
+        windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
+        found[mode] = trial.divergence(model, rows, windows, step)
+    return trial.decide(found) | ({"refused": refused} if refused else {})
 
 
 def _work(job: Job, length: int, offload: Path | None) -> Work:
@@ -93,6 +125,7 @@ def _work(job: Job, length: int, offload: Path | None) -> Work:
         batch=min(calibration.batch, calibration.samples) * length,
         curvature=calibration.curvature,
         sampled=calibration.source == "self",
+        checked=min(domain.TOKENS, calibration.samples * length) if calibration.checked else 0,
         tuning=job.tuning,
         offload=offload is not None,
     )
@@ -205,7 +238,7 @@ def _calibrate(
     calibration = prepared.job.calibration
     if calibration is None:
         return None, {}
-    windows = folder.kept(CALIBRATION, lambda: {"tokens": _windows(prepared, calibration, progress)})["tokens"]
+    windows = folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress))["tokens"]
     place = (prepared.offload or folder.partial) if prepared.plan.offload else None
     streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place)
     if not calibration.curvature:
@@ -246,9 +279,44 @@ def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> 
     return text.window_length(config, calibration.length or min(512, text.window_length(config)))
 
 
-@phase("sample", whole=True)
+def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
+    """What calibration shows: tokens (samples, length) int64; where text was looked at, excess, how far it is from what
+    the model was made for, nats a token, and own (samples,) bool, the windows that the model wrote anew for that.
+
+    Calibrated on such text alone a model can end worse than without any; half of it in its own words, nearly as on the
+    right text.
+    """
+    windows = _windows(prepared, calibration, progress)
+    if not calibration.checked:
+        return {"tokens": windows}
+    looking = partial(progress, "look at text")
+    with phase("forward", whole=True):
+        found = domain.excess(prepared.model, windows, batch=calibration.batch, progress=looking)
+    own = torch.zeros(len(windows), dtype=torch.bool)
+    if found > domain.MOST:
+        own[torch.arange(len(windows) - 1, -1, -2)] = True  # of those summed and of those held out
+        what = (
+            f"{calibration.source}: is not the kind of text that the model was made for: its tokens cost it "
+            f"{found:.2f} nats more than it expects, and {domain.MOST} are allowed"
+        )
+        try:
+            windows[own] = _sampled(prepared, int(own.sum()), progress)
+        except DataError as error:
+            raise DataError(
+                f"{what}; and half of the windows cannot be the model's own samples instead: {error}; or take the text "
+                "as it is with --no-calibration-check"
+            ) from error
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d windows are the model's own samples instead; give other text, or leave --calibration away",
+            what,
+            int(own.sum()),
+            len(windows),
+        )
+    return {"tokens": windows, "excess": torch.tensor(found, dtype=torch.float64), "own": own}
+
+
 def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
-    """Calibration tokens (samples, length) int64."""
+    """Calibration tokens (samples, length) int64, as they were asked for."""
     job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     if text.holds_tokens(calibration.source):
         return text.read_tokens(calibration.source, count=calibration.samples, vocabulary=config.vocab_size)
@@ -257,6 +325,13 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
         return text.calibration_windows(
             tokenizer, calibration.source, count=calibration.samples, length=prepared.length, seed=job.seed
         )
+    return _sampled(prepared, calibration.samples, progress)
+
+
+@phase("sample", whole=True)
+def _sampled(prepared: Prepared, count: int, progress: Progress) -> Tensor:
+    """Windows (count, length) int64 that the model writes by itself."""
+    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
     _check_room(prepared)
     model = loader_of(prepared.checkpoint.config()).from_pretrained(
         folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
@@ -264,7 +339,7 @@ def _windows(prepared: Prepared, calibration: Calibration, progress: Progress) -
     windows = text.sample_windows(
         model.to(job.device).eval(),
         bos_token_id=config.bos_token_id,
-        count=calibration.samples,
+        count=count,
         length=prepared.length,
         seed=job.seed,
         turns=_turns(prepared),
@@ -355,11 +430,23 @@ def _manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
         "bytes_after": plan.bytes_after,
         "kept_dense": [asdict(kept) for kept in plan.kept],
         "recoveries": recovery.of_run(reports),
+        **_fit(folder),
+        **({} if prepared.rotation is None else {"rotation": prepared.rotation}),
         **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
         "scaled": scaled,
         "tensors": reports,
         "histograms": [_histogram(prepared, folder, row) for row in _worst(plan.rows, reports)],
     }
+
+
+def _fit(folder: OutputFolder) -> dict[str, Any]:
+    """How the calibration text fits the model, where it was looked at."""
+    path = folder.partial / CALIBRATION
+    shown = load_file(path) if path.is_file() else {}
+    if "excess" not in shown:
+        return {}
+    facts = {"excess": float(shown["excess"]), "bound": domain.MOST}
+    return {"calibration_fit": {**facts, "windows": len(shown["own"]), "own_windows": int(shown["own"].sum())}}
 
 
 def _worst(rows: Iterable[Row], reports: list[dict[str, Any]]) -> list[Row]:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from llmquant import charts
-from llmquant.card import command, percent, recovered, size, tuned, verified
+from llmquant.card import command, fitted, percent, recovered, size, tuned, verified
 
 STYLE = """
 :root { color-scheme: light; font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #f8fafc; }
@@ -156,6 +156,8 @@ def _coverage(facts: dict[str, Any]) -> str:
     ends = [f"{tensor['tokens']:,}" for tensor in (least[0], least[-1])]
     said = f"<p>Each matrix saw {' to '.join(dict.fromkeys(ends))} tokens"
     said += f"; {dropped:,} rows of activations that were not finite were left out.</p>" if dropped else ".</p>"
+    if "calibration_fit" in facts:
+        said += f"<p>Calibration text: {escape(fitted(facts['calibration_fit']))}.</p>"
     few = [tensor for tensor in least if tensor["tokens"] < least[-1]["tokens"] / 4][:20]
     return said + table(["matrices that saw few tokens", "tokens"], [[t["name"], t["tokens"]] for t in few])
 
