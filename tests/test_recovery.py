@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_checkpoint
+from safetensors.torch import load_file, save_file
 from test_pipeline import quantize
 from torch import Tensor
 
@@ -177,6 +178,20 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, mon
     spoilt(monkeypatch, 100)
     with pytest.raises(DataError, match=r"q_proj.*NaN or Inf"):
         quantize(model, tmp_path / "never", "int4:g16", calibration=shown)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_block_that_overflows_in_float16_stops_the_run_with_a_remedy(block: int, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "llama", dtype=torch.float16)
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.layers.{block}.mlp.down_proj.weight"].mul_(1e5).clamp_(-6e4, 6e4)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    named = rf"model\.layers\.{block + 1}\.self_attn\..*NaN or Inf.*--dtype float32"
+    with pytest.raises(DataError, match=named):
+        quantize(model, tmp_path / "out", "int4:g16", calibration=SHOWN)
+    assert not (tmp_path / "out").exists()
+    manifest = quantize(model, tmp_path / "wide", "int4:g16", calibration=SHOWN, dtype=torch.float32)
+    assert all(tensor["dropped"] == 0 for tensor in manifest["tensors"])
 
 
 def test_the_exit_code_tells(
