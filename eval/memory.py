@@ -3,7 +3,7 @@
     python eval/memory.py -- llmquant quantize MODEL --output OUT --quality fast
 
 Pages of files (mapped weights) count into the total but can be dropped at any time; anonymous memory cannot. Linux
-only: reads /proc every 50 ms, so that shorter peaks may be missed. The last line of stdout is one JSON object; in it
+only: reads /proc every 50 ms and looks for children every second, so that shorter peaks may be missed. The last line of stdout is one JSON object; in it
 "anonymous_by_time" has the peaks of twenty equal parts of the time, which are alike where memory does not grow.
 """
 
@@ -32,8 +32,11 @@ def main() -> None:
     process = subprocess.Popen(command)
     total = 0
     seen: list[int] = []
+    family = [process.pid]
     while process.poll() is None:
-        sizes = [_memory(child) for child in _family(process.pid)]
+        if len(seen) % 20 == 0:  # it looks at all processes there are
+            family = _family(process.pid)
+        sizes = [_memory(child) for child in family]
         total = max(total, sum(size[0] for size in sizes))
         seen.append(sum(size[1] for size in sizes))
         time.sleep(0.05)

@@ -187,10 +187,12 @@ def test_a_block_that_overflows_in_float16_stops_the_run_with_a_remedy(block: in
     tensors[f"model.layers.{block}.mlp.down_proj.weight"].mul_(1e5).clamp_(-6e4, 6e4)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     named = rf"model\.layers\.{block + 1}\.self_attn\..*NaN or Inf.*--dtype float32"
+    save_file({"tokens": torch.randint(3, 300, (8, 32))}, tmp_path / "tokens.safetensors")
+    shown = Calibration(str(tmp_path / "tokens.safetensors"), samples=8, batch=4)
     with pytest.raises(DataError, match=named):
-        quantize(model, tmp_path / "out", "int4:g16", calibration=SHOWN)
+        quantize(model, tmp_path / "out", "int4:g16", calibration=shown)
     assert not (tmp_path / "out").exists()
-    manifest = quantize(model, tmp_path / "wide", "int4:g16", calibration=SHOWN, dtype=torch.float32)
+    manifest = quantize(model, tmp_path / "wide", "int4:g16", calibration=shown, dtype=torch.float32)
     assert all(tensor["dropped"] == 0 for tensor in manifest["tensors"])
 
 
