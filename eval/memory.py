@@ -3,7 +3,8 @@
     python eval/memory.py -- llmquant quantize MODEL --output OUT --quality fast
 
 Pages of files (mapped weights) count into the total but can be dropped at any time; anonymous memory cannot. Linux
-only: reads /proc every 50 ms and looks for children every second, so that shorter peaks may be missed. The last line of stdout is one JSON object; in it
+only: reads /proc every 50 ms and looks for children every second, so that shorter peaks may be missed. The last line of
+stdout is one JSON object; in it
 "anonymous_by_time" has the peaks of twenty equal parts of the time, which are alike where memory does not grow.
 """
 
