@@ -18,6 +18,7 @@ from torch import Tensor
 from llmquant import calibration, cli, formats, recovery
 from llmquant.errors import DataError
 from llmquant.pipeline import Calibration
+from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import SOLVERS, Solution, algebra, gptq, loops, recoveries
 from llmquant.stats import Stats
 
@@ -197,9 +198,8 @@ def test_a_block_that_overflows_in_float16_stops_the_run_with_a_remedy(
     with pytest.raises(DataError, match=r"model\.layers\.2\.self_attn\..*NaN or Inf.*--dtype float32"):
         quantize(model, tmp_path / "out", "int4:g16", calibration=unseen)
     assert not (tmp_path / "out").exists()
-    manifest = quantize(
-        model, tmp_path / "wide", "int4:g16", calibration=replace(shown, check=False), dtype=torch.float32
-    )
+    rounding = Recipe((Rule("*", "int4:g16", "rtn"),))
+    manifest = quantize(model, tmp_path / "wide", rounding, calibration=unseen, dtype=torch.float32)
     assert all(tensor["dropped"] == 0 for tensor in manifest["tensors"])
 
 
