@@ -101,6 +101,15 @@ class Streams:
             else:
                 self.reference[i], self.quantized[i] = reference, quantized
 
+    def forward(self, block: int) -> None:
+        """The reference alone through the block as it is loaded, of a model that nothing is done to."""
+        for i, calls in enumerate(self.calls):
+            found = self._run(block, self.reference[i], calls)
+            if self._in_place:
+                self.reference[i].copy_(found)
+            else:
+                self.reference[i] = found
+
     @phase("forward")
     def remember(self, block: int, order: list[Stage]) -> None:
         """Keep what enters the stages of a block, and leaves it, in the reference, if that is not too much.

@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
-from llmquant import tune
+from llmquant import teacher, tune
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.estimate import Row
@@ -32,7 +31,7 @@ def tune_all(prepared: Prepared, folder: OutputFolder, streams: Streams, progres
         windows = load_file(folder.partial / CALIBRATION)["tokens"]
         means, vectors = prepared.plan.tuning, model.vectors()
         assert means is not None
-        with _whole(model):
+        with whole(model):
             for block in places[:-1]:
                 for _, parameter, value in moved_vectors(prepared, folder, block):
                     parameter.data = value
@@ -41,7 +40,7 @@ def tune_all(prepared: Prepared, folder: OutputFolder, streams: Streams, progres
                 [matrix for block in places for matrix in _leaning(prepared, folder, block)],
                 {name: prepared.checkpoint.dtype(key) for name, key in vectors.items()},
                 windows,
-                torch.cat(streams.reference),
+                teacher.All(model, windows, [states for part in streams.reference for states in part]),
                 streams.held_windows(),
                 steps=job.tuning,
                 batch=len(streams.reference[0]),
@@ -73,7 +72,7 @@ def keep_lean(folder: OutputFolder, block: int, results: list[Result]) -> None:
 
 
 @contextmanager
-def _whole(model: StreamedModel) -> Iterator[None]:
+def whole(model: StreamedModel) -> Iterator[None]:
     """The whole model in memory."""
     blocks = range(len(model.block_names))
     model.load_outside()

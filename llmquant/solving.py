@@ -169,7 +169,11 @@ def _block_tuned(
             w = _original(swap, result.row)
             solution = solutions[name] if kept else result.solution
             put(prepared, swap, result.row, solution)
-            report = {**_report(result.row, w, solution, None, None), "solver": result.row.rule.solver, "steps": [step]}
+            report = {
+                **report_of(result.row, w, solution, None, None),
+                "solver": result.row.rule.solver,
+                "steps": [step],
+            }
             found[name] = Result(result.row, solution, report)
     return found
 
@@ -228,11 +232,11 @@ def _solve(row: Row, weight: Tensor, stats: Stats | None) -> Result:
     facts = {"solver": name, **({"recoveries": noted} if noted else {})}
     rival = None
     if solution.rival is not None:
-        rival = Result(row, solution.rival, {**_report(row, w, solution.rival, stats, outputs), **facts})
-    return Result(row, solution, {**_report(row, w, solution, stats, outputs), **facts}, rival)
+        rival = Result(row, solution.rival, {**report_of(row, w, solution.rival, stats, outputs), **facts})
+    return Result(row, solution, {**report_of(row, w, solution, stats, outputs), **facts}, rival)
 
 
-def _report(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outputs: float | None) -> dict[str, Any]:
+def report_of(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outputs: float | None) -> dict[str, Any]:
     """Relative errors: of the weight and, where calibrated, of its outputs, whose energy is `outputs`."""
     report: dict[str, Any] = {
         "name": row.target.name,
