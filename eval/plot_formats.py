@@ -1,6 +1,6 @@
 """Signal to noise against bits per weight of every format, as a picture.
 
-python eval/plot_formats.py eval/formats.svg
+python eval/plot_formats.py docs/formats.svg
 """
 
 from __future__ import annotations

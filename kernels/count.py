@@ -68,7 +68,9 @@ FORMATS = {
     "vsq4": spec_of("int4", "u8", 16, 8.0),
     "fp8 row": spec_of("e4m3", "fp32", 0),
     "nf4": spec_of("tab4", "fp32", 4),
-    "kmeans4 row": spec_of("tab4", "fp32", 0),
+    "kmeans4 row": spec_of("row4", "fp32", 0),
+    "kmeans3 row": spec_of("row3", "fp32", 0),
+    "kmeans4 g64": spec_of("own4", "bf16", 4),
 }
 
 
@@ -77,7 +79,9 @@ def device(capability: int) -> Device:
     return Device("", processors, capability, shared * 1024)
 
 
-def compile_kernel(name: str, spec: Spec, settings: Settings, capability: int, f16: bool = False) -> Any:
+def compile_kernel(
+    name: str, spec: Spec, settings: Settings, capability: int, f16: bool = False, experts: int = 0
+) -> Any:
     """The compiled kernel as `triton_ops.launch` would ask for it: x with rows of a multiple of 16 values, no bias."""
     zeros = spec.zero != spec.zero
     wide = "*fp16" if f16 else "*bf16"
@@ -99,6 +103,8 @@ def compile_kernel(name: str, spec: Spec, settings: Settings, capability: int, f
             "EXACT": exact,
             "BOOST": 1.0,
             "HAS_BIAS": False,
+            "HAS_OFFSET": False,
+            "EXPERTS": experts,
             "EVEN": is_even(settings, spec),
             "STAGES": settings.stages,
         }
@@ -113,11 +119,13 @@ def compile_kernel(name: str, spec: Spec, settings: Settings, capability: int, f
         "high_ptr": low if one_bit else high,
         "scale_ptr": "*i32",
         "zero_ptr": "*i32",
-        "table_ptr": "*fp32" if spec.numbers.startswith("tab") else "*i32",
+        "table_ptr": "*fp32" if spec.numbers[:3] in ("tab", "own") else "*i32",
         "row_ptr": "*fp32",
         "bias_ptr": "*fp32",
         "offset_ptr": "*fp32",
         "work_ptr": "*fp32",
+        "ends_ptr": "*i32",
+        "sums_ptr": "*fp32",
     }
     function = getattr(kernels, name)
     names = function.arg_names
@@ -161,8 +169,8 @@ class Counts:
         return "/".join(str(self.number(name)) for name in ("HGMMA", "HMMA", "UTCHMMA"))
 
 
-def count(name: str, spec: Spec, settings: Settings, capability: int, f16: bool = False) -> Counts:
-    compiled = compile_kernel(name, spec, settings, capability, f16)
+def count(name: str, spec: Spec, settings: Settings, capability: int, f16: bool = False, experts: int = 0) -> Counts:
+    compiled = compile_kernel(name, spec, settings, capability, f16, experts)
     registers, stack, loop = _loop_of(compiled.asm["cubin"])
     # Each of the gemv's warps decodes 256 columns of all rows; the gemm's share out the tile.
     weights = settings.bn * 256 / (1 if name == "gemv" else settings.warps) if name != "dequantize" else 16 * 256

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmquant import adapters, formats, metrics
     from llmquant.api import convert, evaluate, export, quantize
     from llmquant.hf import explain, load
+    from llmquant.hub import push
     from llmquant.recipe import Recipe, Rule
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "formats",
     "load",
     "metrics",
+    "push",
     "quantize",
 ]
 
@@ -44,6 +46,7 @@ _WHERE = {
     **dict.fromkeys(("explain", "load"), "llmquant.hf"),
     **dict.fromkeys(("convert", "evaluate", "export", "quantize"), "llmquant.api"),
     **dict.fromkeys(("Recipe", "Rule"), "llmquant.recipe"),
+    "push": "llmquant.hub",
 }
 _MODULES = ("adapters", "formats", "metrics")
 _HOOK = "llmquant.hf"  # registers itself

@@ -14,6 +14,7 @@ from llmquant import metrics, pipeline, text
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.description import describe
 from llmquant.errors import PlanError
+from llmquant.job import Budget
 from llmquant.matrices import loader_of
 from llmquant.recipe import QUALITIES, Quality, Recipe
 
@@ -23,10 +24,12 @@ def quantize(
     output: str | Path,
     *,
     format: str | Recipe = "int4:g128",
+    budget: Budget | None = None,
     quality: str = "balanced",
     solver: str = "auto",
     rotate: str = "none",
     calibration: str | None = None,
+    calibration_check: bool = True,
     samples: int | None = None,
     length: int | None = None,
     batch: int = 8,
@@ -43,27 +46,30 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a model into a folder that `llmquant.load` loads. Returns what the folder's llmquant.json says.
 
-    model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe;
-    quality: fast, balanced or best; solver: a method by name instead, for a format by name; rotate: none, value or
-    residual; calibration: "self" (the model's own samples), a file or a dataset id; samples, length: windows and
-    tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by default the model's own;
-    offload: a folder for the hidden states of calibration; max_memory: bytes, beyond which the plan is refused;
-    verify: compare the result with the original before it gets its name; report: whether README.md and report.html
-    are written; progress(what, done, total) is called now and then.
+    model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe; budget: have
+    the format of every matrix chosen instead, but for what rules before a recipe's last one say; quality: fast,
+    balanced or best; solver: a method by name instead, for a format by name; rotate: none, value, residual, or auto,
+    which tries them; calibration: "self" (the model's own samples), a file or a dataset id; calibration_check: whether
+    half of it gives way to the model's own samples where it is not the kind of text that the model was made for;
+    samples, length: windows and tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by
+    default the model's own; offload: a folder for the hidden states of calibration; max_memory: bytes, beyond which the
+    plan is refused; verify: compare the result with the original before it gets its name; report: whether README.md and
+    report.html are written; progress(what, done, total) is called now and then.
 
     A run that was cut is taken up again by the same call. Raises the LlmquantError that says what is wrong, before any
     work wherever that can be known.
 
-    >>> facts = llmquant.quantize(MODEL, OUTPUT / "int4", format="int4:g64", quality="fast")
-    >>> facts["bits_per_weight"], len(facts["tensors"])
-    (4.2542..., 42)
+    Examples:
+        >>> facts = llmquant.quantize(MODEL, OUTPUT / "int4", format="int4:g64", quality="fast")
+        >>> facts["bits_per_weight"], len(facts["tensors"])
+        (4.2542..., 42)
 
-    A recipe has rules by name, of which the first that matches counts:
+        A recipe has rules by name, of which the first that matches counts:
 
-    >>> rules = [llmquant.Rule("*.down_proj", "int8:g128"), llmquant.Rule("*", "int4:g128")]
-    >>> facts = llmquant.quantize(MODEL, OUTPUT / "mixed", format=llmquant.Recipe(tuple(rules)), quality="fast")
-    >>> sorted({tensor["format"] for tensor in facts["tensors"]})
-    ['int4:g128:bf16', 'int8:g128:bf16']
+        >>> rules = [llmquant.Rule("*.down_proj", "int8:g128"), llmquant.Rule("*", "int4:g128")]
+        >>> facts = llmquant.quantize(MODEL, OUTPUT / "mixed", format=llmquant.Recipe(tuple(rules)), quality="fast")
+        >>> sorted({tensor["format"] for tensor in facts["tensors"]})
+        ['int4:g128:bf16', 'int8:g128:bf16']
     """
     if isinstance(format, Recipe) and solver != "auto":
         raise PlanError(f"solver {solver!r} beside a recipe: its rules name the solvers")
@@ -72,6 +78,7 @@ def quantize(
         format if isinstance(format, Recipe) else Recipe.uniform(format, solver=solver),
         quality=quality,
         calibration=calibration,
+        calibration_check=calibration_check,
         samples=samples,
         length=length,
         batch=batch,
@@ -79,6 +86,7 @@ def quantize(
         device=device,
         dtype=dtype,
         rotate=rotate,
+        budget=budget,
         trust_remote_code=trust_remote_code,
     )
     prepared = pipeline.prepare(
@@ -90,7 +98,7 @@ def quantize(
         progress=progress,
     )
     manifest = pipeline.quantize(prepared, Path(output), overwrite=overwrite, verify=verify, progress=progress)
-    if report:
+    if report and prepared.ranks.first:
         describe(Path(output))
     return manifest
 
@@ -101,10 +109,11 @@ def export(source: str | Path, output: str | Path, to: str, *, overwrite: bool =
     to: compressed-tensors, gptq, gguf or dense. Returns notes for the user. Raises PlanError, naming the tensor, for
     what the target cannot express.
 
-    >>> llmquant.quantize(MODEL, OUTPUT / "mxfp4", format="mxfp4", quality="fast")["bits_per_weight"]
-    4.25
-    >>> llmquant.export(OUTPUT / "mxfp4", OUTPUT / "dense", "dense")
-    []
+    Examples:
+        >>> llmquant.quantize(MODEL, OUTPUT / "mxfp4", format="mxfp4", quality="fast")["bits_per_weight"]
+        4.25
+        >>> llmquant.export(OUTPUT / "mxfp4", OUTPUT / "dense", "dense")
+        []
     """
     from llmquant.exchange import export as exchange
 
@@ -117,10 +126,11 @@ def convert(source: str | Path, output: str | Path, *, overwrite: bool = False) 
     source: a folder or a hub id. Returns what the folder's llmquant.json says. Raises PlanError, naming the module,
     for what no format here can hold.
 
-    >>> facts = llmquant.quantize(MODEL, OUTPUT / "nvfp4", format="nvfp4", quality="fast")
-    >>> notes = llmquant.export(OUTPUT / "nvfp4", OUTPUT / "for-vllm", "compressed-tensors")
-    >>> llmquant.convert(OUTPUT / "for-vllm", OUTPUT / "back")["tensors"][0]["format"]
-    'nvfp4'
+    Examples:
+        >>> facts = llmquant.quantize(MODEL, OUTPUT / "nvfp4", format="nvfp4", quality="fast")
+        >>> notes = llmquant.export(OUTPUT / "nvfp4", OUTPUT / "for-vllm", "compressed-tensors")
+        >>> llmquant.convert(OUTPUT / "for-vllm", OUTPUT / "back")["tensors"][0]["format"]
+        'nvfp4'
     """
     from llmquant.exchange import convert as exchange
 
@@ -133,6 +143,7 @@ def job_for(
     *,
     quality: str,
     calibration: str | None,
+    calibration_check: bool,
     samples: int | None,
     length: int | None,
     batch: int,
@@ -140,13 +151,14 @@ def job_for(
     device: str | None,
     dtype: torch.dtype | None,
     rotate: str,
+    budget: Budget | None,
     trust_remote_code: bool,
 ) -> pipeline.Job:
     """The words of a user as a job; torch's random numbers start at the seed. Raises PlanError for unknown quality."""
     if quality not in QUALITIES:
         raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
     preset = QUALITIES[quality]
-    shown = calibration_for(preset, calibration, samples, length, batch)
+    shown = calibration_for(preset, calibration, calibration_check, samples, length, batch)
     torch.manual_seed(seed)
     return pipeline.Job(
         model,
@@ -158,17 +170,18 @@ def job_for(
         tuning=preset.tuning,
         trust_remote_code=trust_remote_code,
         rotate=rotate,
+        budget=budget,
     )
 
 
 def calibration_for(
-    preset: Quality, source: str | None, samples: int | None, length: int | None, batch: int
+    preset: Quality, source: str | None, check: bool, samples: int | None, length: int | None, batch: int
 ) -> pipeline.Calibration | None:
     """What a preset shows to the model."""
     if not preset.calibrated and source is None:
         return None
     windows = samples or (128 if preset.calibrated else 16)
-    return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature)
+    return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature, check=check)
 
 
 def default_device() -> str:
@@ -192,11 +205,12 @@ def evaluate(
     source: a text, JSON, JSONL or parquet file, or a dataset id; window: tokens a window, by default 2048 or the
     model's limit; max_windows: measure on the first ones only; dtype: of the activations.
 
-    >>> TEXT.write_text(Path(llmquant.__file__).parent.joinpath("hf.py").read_text()) > 0
-    True
-    >>> found = llmquant.evaluate(MODEL, str(TEXT), reference=MODEL, max_windows=2)
-    >>> found["kl_mean"], found["model"]["perplexity"] == found["reference"]["perplexity"]
-    (0.0, True)
+    Examples:
+        >>> TEXT.write_text(Path(llmquant.__file__).parent.joinpath("hf.py").read_text()) > 0
+        True
+        >>> found = llmquant.evaluate(MODEL, str(TEXT), reference=MODEL, max_windows=2)
+        >>> found["kl_mean"], found["model"]["perplexity"] == found["reference"]["perplexity"]
+        (0.0, True)
     """
     windows, vocabulary = evaluation_windows(str(model), source, protocol, window, max_windows, trust_remote_code)
     return measure(

@@ -1,4 +1,4 @@
-"""Commands that hand a model on: generate, export, convert, compare."""
+"""Commands that hand a model on: generate, export, convert, push, compare."""
 
 from __future__ import annotations
 
@@ -98,6 +98,20 @@ def convert(
     print_lines([*facts["notes"], done])
 
 
+def push(
+    folder: FolderArgument,
+    repo: Annotated[str, typer.Argument(help="Where to: owner/name. It is made where there is none.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees it [as your account has it].")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch [the main one].")] = None,
+) -> None:
+    """Check FOLDER, and upload it with its model card to the Hugging Face hub."""
+    from llmquant import hub
+
+    print_lines([hub.push(folder, repo, private=private, revision=revision)])
+
+
 def compare(
     models: Annotated[list[str], typer.Argument(help="Folders that quantize wrote.")],
     reference: Annotated[str, typer.Option(help="The unquantized model.")],
@@ -144,4 +158,4 @@ def compare(
     print_lines([f"page: {output}"])
 
 
-COMMANDS = (generate, export, convert, compare)
+COMMANDS = (generate, export, convert, push, compare)

@@ -69,19 +69,19 @@ class Place:
         return found
 
 
-def find_all(model: StreamedModel, progress: Callable[[int, int], None]) -> list[list[Place]]:
-    """The places of every block of a model in float32, found on random tokens; one block in memory at a time."""
+def find_all(model: StreamedModel) -> Iterator[list[Place]]:
+    """The places of block after block of a model in float32, found on random tokens; loaded when it is their turn."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    streams = Streams.start(model, torch.randint(vocabulary, (2, TOKENS // 2), generator=generator), 2, progress)
-    found = []
+    streams = Streams.start(
+        model, torch.randint(vocabulary, (2, TOKENS // 2), generator=generator), 2, lambda done, total: None
+    )
     for block in range(len(model.block_names)):
         model.load_block(block)
-        found.append(find(streams, block))
+        found = find(streams, block)
         streams.advance(block, WeightSwap())
         model.unload_block(block)
-        progress(block + 1, len(model.block_names))
-    return found
+        yield found
 
 
 def find(streams: Streams, block: int) -> list[Place]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -113,6 +114,7 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(LlmquantConfig)
         register_quantizer(METHOD)(LlmquantQuantizer)
+        ALL_EXPERTS_FUNCTIONS.register(METHOD, experts_together)
 
 
 def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -200,6 +202,8 @@ def swap(model: Any, modules: dict[str, Format]) -> None:
     tied = {name for pair in _tied(model).items() for name in pair}
     parameters = {name for name, value in model.named_parameters() if value.ndim == 3}
     found = layouts(model, getattr(text_config(model.config), "hidden_size", 0)) if parameters else {}
+    if found:
+        model.set_experts_implementation(METHOD)
     for listed, fmt in modules.items():
         name = next((name for name in _aliases(model, listed) if name in present or name in parameters), None)
         if name is None:
@@ -231,6 +235,32 @@ def _swap_experts(model: Any, name: str, fmt: Format, transposed: bool | None) -
     del holder._parameters[leaf]
     holder.add_module(packed_name(leaf), experts)
     holder.__dict__[leaf] = experts  # under its own name for the forward pass, but not for what is saved and loaded
+
+
+def experts_together(module: Any, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """What transformers runs for the experts of a model: all at once where a kernel does that, else the model's own.
+
+    module: with experts as transformers' `use_experts_implementation` declares them. x (tokens, size); chosen and
+    shares (tokens, chosen experts): which, and what their outputs are multiplied by before they are added.
+    """
+    held = [part for part in module.children() if isinstance(part, QuantExperts)]
+    dense = any(value.ndim == 3 for value in module.parameters(recurse=False))
+    derived = torch.is_grad_enabled() and x.requires_grad  # the kernels have no derivative
+    if not held or dense or derived or any(part.alone(x.dtype) is not None for part in held):
+        return type(module).forward.__wrapped__(module, x, chosen, shares)
+    experts, order = chosen.flatten().sort()
+    ends = torch.searchsorted(experts, torch.arange(len(held[0]), device=x.device), right=True, out_int32=True)
+
+    def product(name: str, inputs: Tensor) -> Tensor:
+        y = getattr(module, name).together(inputs, ends)
+        return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y
+
+    y = product("gate_up_proj" if module.has_gate else "up_proj", x[order // chosen.shape[1]])
+    y = product("down_proj", module._apply_gate(y) if module.has_gate else module.act_fn(y))
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    y = torch.zeros_like(y).index_copy(0, order, y * shares.flatten()[order].unsqueeze(1))
+    return y.view(*chosen.shape, -1).sum(1).to(x.dtype)
 
 
 def _counterpart(old: nn.Module, fmt: Format) -> QuantModule:

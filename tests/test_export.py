@@ -242,6 +242,21 @@ def test_refused_in_the_plan_by_name(
     assert not list(tmp_path.iterdir())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_dense_experts(name: str, tmp_path: Path) -> None:
+    """Those of gpt-oss lie as (in, out). transformers loads the one tensor that they are in memory."""
+    model = make_checkpoint(tmp_path / "moe", name, max_shard_size="60KB")
+    facts = llmquant.quantize(model, tmp_path / "experts", format="int4:g16", quality="fast")
+    assert any("expert" in tensor for tensor in facts["tensors"])
+    assert llmquant.export(tmp_path / "experts", tmp_path / "dense", "dense") == []
+    ours = llmquant.load(tmp_path / "experts")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", experts_implementation="eager")
+    tokens = TOKENS % ours.config.vocab_size
+    with torch.no_grad():
+        torch.testing.assert_close(dense(tokens).logits, ours(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("to", export.TARGETS)
 def test_experts_and_embeddings_are_refused_by_name(to: str, tmp_path: Path) -> None:
     """Experts held as one tensor by every target, embeddings by all that hold no table: before a run and after it."""
@@ -249,8 +264,9 @@ def test_experts_and_embeddings_are_refused_by_name(to: str, tmp_path: Path) -> 
     llmquant.quantize(
         model, tmp_path / "experts", format=Recipe.uniform("int4:g16", skip=("*_attn.*",)), quality="fast"
     )
-    with pytest.raises(PlanError, match=r"mlp\.experts\.\w+\.0: is one of many experts"):
-        llmquant.export(tmp_path / "experts", tmp_path / "out", to)
+    if to != "dense":
+        with pytest.raises(PlanError, match=r"mlp\.experts\.\w+\.0: is one of many experts"):
+            llmquant.export(tmp_path / "experts", tmp_path / "out", to)
     model = make_checkpoint(tmp_path / "model", "llama", tied=False)
     recipe = Recipe((Rule("model.embed_tokens", "int8:channel"), Rule("*", None)))
     llmquant.quantize(model, tmp_path / "table", format=recipe, quality="fast")

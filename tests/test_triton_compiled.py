@@ -118,6 +118,100 @@ def test_assembly_decodes_every_code_exactly(numbers: str, f16: bool) -> None:
             assert np.array_equal(rounded, exact[finite])  # the type holds it: nothing is lost
 
 
+def run(text: str, registers: dict[str, np.ndarray]) -> None:
+    """Integer instructions on registers of 32 bits, among the 32 lanes of a warp: (lanes,) int64 each."""
+
+    def value(name: str) -> np.ndarray:
+        return registers[name] if name in registers else np.full(32, int(name, 0), dtype=np.int64)
+
+    body = re.sub(r"^\{\.reg [^;]*;|\}$", "", text)
+    for statement in filter(None, (part.strip() for part in body.split(";"))):
+        op, rest = statement.split(" ", 1)
+        to, *names = [part.strip() for part in rest.split(",")]
+        sources = [value(name) for name in names]
+        if op == "mov.b32":
+            found = sources[0]
+        elif op in ("shr.b32", "shr.u32"):
+            found = sources[0] >> sources[1]
+        elif op == "shl.b32":
+            found = sources[0] << sources[1]
+        elif op in ("and.b32", "or.b32"):
+            found = sources[0] & sources[1] if op == "and.b32" else sources[0] | sources[1]
+        elif op == "lop3.b32":  # the bit of the table that the bits of a, b and c count up to
+            found = np.zeros(32, dtype=np.int64)
+            for bit in range(32):
+                a, b, c = (source >> bit & 1 for source in sources[:3])
+                found |= (sources[3] >> (4 * a + 2 * b + c) & 1) << bit
+        elif op == "prmt.b32":
+            pool = sources[0] | sources[1] << 32
+            found = np.zeros(32, dtype=np.int64)
+            for i in range(4):
+                nibble = sources[2] >> (4 * i) & 15
+                assert not (nibble & 8).any(), "takes the sign instead of the byte"
+                found |= (pool >> (8 * nibble) & 0xFF) << (8 * i)
+        else:
+            assert op == "shfl.sync.idx.b32", op
+            lane, segment = np.arange(32), sources[2] >> 8 & 31
+            found = sources[0][lane & segment | sources[1] & 31 & ~segment]
+        registers[to] = found & 0xFFFFFFFF
+
+
+def words_of(codes: np.ndarray, numbers: str, part: int, noise: np.ndarray) -> np.ndarray:
+    """Low and high words (2, codes) of which `part` holds the codes."""
+    from llmquant_kernels.triton_layout import bits_of_numbers, high_bits, low_bits, place_of
+
+    bits = bits_of_numbers(numbers)
+    words = noise.copy()
+    for bit in range(bits):
+        place = place_of(numbers, low_bits(bits), high_bits(bits), part, bit)
+        word = words[place // 16]
+        word[:] = word & ~(1 << place % 16) | (codes >> bit & 1) << place % 16
+    return words
+
+
+@pytest.mark.parametrize("numbers", ["tab1", "tab2", "tab3", "tab4", "tab5"])
+def test_lanes_look_up_the_entries_that_others_hold(numbers: str) -> None:
+    from llmquant_kernels.triton_decode import lane_lookup
+
+    bits, rng = int(numbers[3]), np.random.default_rng(0)
+    table = rng.integers(0, 2**32, 2**bits)
+    for part in range(8):
+        codes = rng.integers(0, 2**bits, (2, 32))
+        noise = rng.integers(0, 2**16, (2, 2, 32))  # [word of the pair, low or high]
+        pair = [words_of(codes[half], numbers, part, noise[half]) for half in range(2)]
+        registers = {"$2": pair[1][0] << 16 | pair[0][0], "$3": pair[1][1] << 16 | pair[0][1]}
+        registers["$4"] = table[np.arange(32) % 2**bits]
+        run(lane_lookup(numbers, part), registers)
+        assert np.array_equal(registers["$0"], table[codes[0]]), part
+        assert np.array_equal(registers["$1"], table[codes[1]]), part
+
+
+@pytest.mark.parametrize("numbers", ["row2", "row3", "row4"])
+def test_bytes_of_a_rows_table_are_chosen_by_its_codes(numbers: str) -> None:
+    """The table as the layout packs it."""
+    from llmquant_kernels.triton_decode import row_lookup
+    from llmquant_kernels.triton_layout import table_bytes
+
+    bits, rng = int(numbers[3]), np.random.default_rng(0)
+    table = torch.randn(32, 2**bits, generator=torch.Generator().manual_seed(0)).bfloat16()
+    halves = table.view(torch.int16).numpy().astype(np.int64) & 0xFFFF
+    packed = table_bytes(table).numpy().astype(np.int64) & 0xFFFFFFFF
+    for odd in range(1 if bits == 4 else 2):
+        parts = range(4) if bits == 4 else range(odd, 8, 2)
+        codes = rng.integers(0, 2**bits, (4, 2, 32))
+        pair = [rng.integers(0, 2**16, (2, 32)) for _ in range(2)]
+        for half in range(2):
+            for i, part in enumerate(parts):
+                pair[half] = words_of(codes[i, half], numbers, part, pair[half])
+        high = [word[1] & 0xFF for word in pair]  # words of one bit have eight
+        registers = {"$4": pair[1][0] << 16 | pair[0][0], "$5": high[1] << 16 | high[0]}
+        registers |= {f"${6 + 2 * j + k}": packed[:, j] for j in range(8) for k in range(2)}
+        run(row_lookup(numbers, odd), registers)
+        for i in range(4):
+            lower, upper = halves[np.arange(32), codes[i, 0]], halves[np.arange(32), codes[i, 1]]
+            assert np.array_equal(registers[f"${i}"], upper << 16 | lower), (odd, i)
+
+
 def test_places_of_bits_are_each_used_once() -> None:
     from llmquant_kernels.triton_layout import bits_of_numbers, high_bits, low_bits, place_of
 
@@ -142,6 +236,9 @@ BUDGETS: list[tuple[str, int, tuple[float, float, float]]] = [
     ("int8", 1, (2.5, 2.5, 2.5)),
     ("mxfp4", 1, (3.6, 3.6, 3.6)),
     ("nvfp4", 1, (5.2, 5.2, 5.2)),
+    ("nf4", 1, (5.6, 5.6, 5.6)),
+    ("kmeans4 row", 1, (3.8, 3.8, 3.8)),
+    ("kmeans3 row", 1, (3.9, 3.9, 3.9)),
 ]
 
 

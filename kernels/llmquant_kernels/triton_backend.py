@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .triton_layout import lay_out
+from .triton_layout import STRIP, Spec, lay_out, packed_again
 from .weight import DTYPES, Facts, PackedWeight, Prepared
 
 
@@ -29,10 +30,11 @@ class Triton(Prepared):
 
         self._linear, self._dequantize, self.many = linear, dequantize, ROWS_DENSE
         self.f16 = dtype == torch.float16
-        layout = lay_out(weight, torch.float16 if self.f16 else torch.bfloat16)
+        layout = lay_out(weight, dtype)
         self.spec = layout.spec.text
         self.low, self.high, self.scale, self.zero = layout.low, layout.high, layout.scale, layout.zero
         self.table, self.row, self.offset = layout.table, layout.row, layout.offset
+        self.origin = layout.origin
         self.decoded = self.decode() if keep_decoded else None
 
     @classmethod
@@ -66,7 +68,57 @@ class Triton(Prepared):
         parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
         return self._linear(x, *parts, bias, self.spec)
 
+    def packed(self) -> Tensor | None:
+        return self.origin and packed_again(self.low, self.high, Spec.of(self.spec), self.origin)
+
     def decode(self) -> Tensor:
         """The weight (out, in) of ``self.dtype``."""
         parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
         return self._dequantize(*parts, self.spec, self.dtype, self.f16)
+
+
+class TritonExperts:
+    """Several weights of one format and shape, for rows of activations that are sorted by them.
+
+    Holds the Layout of all of them, one after the other, and none of the PackedWeights.
+    """
+
+    name = "triton"
+
+    def __init__(self, weights: Sequence[PackedWeight], dtype: torch.dtype) -> None:
+        from .triton_ops import grouped
+
+        self._grouped, self.dtype, self.shape = grouped, dtype, weights[0].shape
+        rows = -(-self.shape[0] // STRIP) * STRIP
+        layout = lay_out(PackedWeight.stack(weights, rows), dtype)
+        self.spec = layout.spec._replace(rows=self.shape[0]).text
+        self.low, self.high, self.scale, self.zero = layout.low, layout.high, layout.scale, layout.zero
+        self.table, self.row, self.offset = layout.table, layout.row, layout.offset
+        self.origin = layout.origin
+
+    @classmethod
+    def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
+        if dtype == torch.float32:
+            return "experts are multiplied together in float16 and bfloat16 only"
+        return Triton.refuses(facts, dtype)
+
+    def linear(self, x: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (tokens, in), sorted by expert; ends (experts,) int32; bias (experts, out); result (tokens, out)."""
+        if x.dtype != self.dtype:
+            raise TypeError(f"the experts were prepared for activations of {self.dtype}, not {x.dtype}")
+        if x.dim() != 2 or x.shape[1] != self.shape[1]:
+            raise RuntimeError(f"x must be (tokens, {self.shape[1]}), not {tuple(x.shape)}")
+        parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
+        return self._grouped(x, ends, *parts, bias, self.spec)
+
+    def packed(self, expert: int | None = None) -> Tensor | None:
+        """As `Prepared.packed`, of one expert or, stacked, of all."""
+        if self.origin is None:
+            return None
+        strips = -(-self.shape[0] // STRIP)
+        experts = len(self.low) // strips
+        start, stop = (0, experts) if expert is None else (expert, expert + 1)
+        spec = Spec.of(self.spec)._replace(rows=experts * strips * STRIP)
+        found = packed_again(self.low, self.high, spec, self.origin, start * strips, stop * strips)
+        found = found.unflatten(0, (stop - start, -1))[:, : self.shape[0]]
+        return found if expert is None else found[0]

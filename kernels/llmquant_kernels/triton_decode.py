@@ -103,8 +103,24 @@ def assembly(numbers, part, f16, scaled):
 
 
 @triton.constexpr_function
+def power_of_2(n):
+    """The least that is no less."""
+    return 1 << (n - 1).bit_length()
+
+
+@triton.constexpr_function
 def is_table(numbers):
-    return numbers.startswith("tab")
+    return numbers[:3] in ("tab", "own", "row")
+
+
+@triton.constexpr_function
+def is_row_table(numbers):
+    return numbers[:3] == "row"
+
+
+@triton.constexpr_function
+def is_lane_table(numbers):
+    return numbers[:3] == "tab"
 
 
 @triton.constexpr_function
@@ -114,7 +130,7 @@ def is_integer(numbers):
 
 @triton.constexpr_function
 def unit(numbers, f16):
-    return 1.0 if numbers[0] in "et" else 2.0**-10 if f16 else 2.0**-6
+    return 1.0 if numbers[0] in "etor" else 2.0**-10 if f16 else 2.0**-6
 
 
 @triton.constexpr_function
@@ -255,6 +271,160 @@ def entry(word, UNIT: tl.constexpr, KIND: tl.constexpr):
         return byte.to(tl.float32)
 
 
+# ---- tables
+
+
+@triton.constexpr_function
+def lane_entry(bits):
+    """PTX: $0 becomes the entry of the table at $1 that has the number of the lane."""
+    return (
+        "{.reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; "
+        f"and.b32 l, l, {2**bits - 1}; mad.wide.u32 a, l, 4, $1; ld.global.nc.b32 $0, [a];}}"
+    )
+
+
+@triton.constexpr_function
+def lane_lookup(numbers, part):
+    """PTX for two weights: $0 and $1 are the entries that lanes hold in $4 of the codes in words $2, $3 (high part).
+
+    A shuffle takes the lowest bits of a lane's number only, so what lies above a code needs no mask.
+    """
+    bits = bits_of_numbers(numbers)
+    low = low_bits(bits)
+    segment = (32 - (1 << bits)) << 8 | 0x1F
+    lines = []
+    for half in range(2):
+        shift = low * (part % parts_of(low)) + 16 * half
+        lines.append(f"shr.b32 t, $2, {shift};")
+        if high_bits(bits):
+            up = high_bits(bits) * part + 16 * half - low
+            lines.append(f"{'shr' if up >= 0 else 'shl'}.b32 u, $3, {abs(up)};")
+            mask = (1 << low) - 1
+            lines.append(f"lop3.b32 t, t, u, {mask:#x}, 0xe4;")  # (t & mask) | (u & ~mask)
+        lines.append(f"shfl.sync.idx.b32 ${half}, $4, t, {segment:#x}, 0xffffffff;")
+    return "{.reg .b32 t, u; " + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
+def row_lookup(numbers, odd):
+    """PTX for four parts of two words: $0 to $3 are two 16-bit floats each, of the words $4, $5 (high part).
+
+    The bytes of the row's table are in $6 (and $7, the same again for the other word), $8, ... The codes of 16 bits
+    choose four of the lower and four of the upper bytes at a time; a table of 16 takes two choices and one between
+    them. Parts: all four of a word of 4 bits; else the even or the odd ones of a word's eight.
+    """
+    bits = bits_of_numbers(numbers)
+    lines = []
+    if bits == 4:
+        lines.append("mov.b32 n, $4;")
+    else:
+        lines += [f"shr.b32 n, $4, {2 * odd};", "and.b32 n, n, 0x33333333;"]
+    if bits == 3:  # bits 0, 2, 4 and 6 go to 2, 6, 10 and 14
+        lines += [f"shr.b32 u, $5, {odd};", "and.b32 u, u, 0x00550055;"]
+        lines += ["shl.b32 t, u, 4;", "lop3.b32 u, u, t, 0x05050505, 0xa8;"]  # (a | b) & c
+        lines += ["shl.b32 t, u, 2;", "lop3.b32 u, u, t, 0x11111111, 0xa8;"]
+        lines += ["shl.b32 u, u, 2;", "or.b32 n, n, u;"]
+    lines.append("prmt.b32 n, n, 0, 0x3120;")  # the first two codes of both words, then the others
+    if bits == 4:
+        lines += ["shr.b32 u, n, 1;", "lop3.b32 u, u, 0x44444444, 0x32103210, 0xea;", "and.b32 n, n, 0x77777777;"]
+    for half in range(2):
+        for plane in range(2):
+            to = "xy"[plane]
+            first = 6 + 8 * plane
+            if bits == 4:
+                lines.append(f"prmt.b32 t, ${first}, ${first + 2}, n; prmt.b32 v, ${first + 4}, ${first + 6}, n;")
+                lines.append(f"prmt.b32 {to}, t, v, u;")
+            else:
+                lines.append(f"prmt.b32 {to}, ${first}, ${first + 2}, n;")
+        lines.append(f"prmt.b32 ${2 * half}, x, y, 0x6240; prmt.b32 ${2 * half + 1}, x, y, 0x7351;")
+        if half == 0:
+            lines.append("shr.b32 n, n, 16;")
+            if bits == 4:
+                lines.append("shr.b32 u, u, 16;")
+    return "{.reg .b32 n, t, u, v, x, y; " + " ".join(lines) + "}"
+
+
+@triton.jit
+def entry_of_lane(table, NUMBERS: tl.constexpr, ASM: tl.constexpr):
+    """What `weights` needs of a table for all rows: in every lane another entry, where assembly reads it."""
+    if is_lane_table(NUMBERS) and ASM:
+        source: tl.constexpr = lane_entry(bits_of_numbers(NUMBERS))
+        at = table.to(tl.int64, bitcast=True)
+        return tl.inline_asm_elementwise(source, "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1)
+    return 0
+
+
+@triton.jit
+def table_words(pointer, T: tl.constexpr, C: tl.constexpr):
+    """The eight words of the tables of the rows, as wide as those of codes. pointer: (1, R, 1), or (R, 1) for T 0."""
+    return (
+        table_word(pointer, T, C), table_word(pointer + 1, T, C), table_word(pointer + 2, T, C),
+        table_word(pointer + 3, T, C), table_word(pointer + 4, T, C), table_word(pointer + 5, T, C),
+        table_word(pointer + 6, T, C), table_word(pointer + 7, T, C),
+    )  # fmt: skip
+
+
+@triton.jit
+def table_word(pointer, T: tl.constexpr, C: tl.constexpr):
+    word = tl.load(pointer)
+    if T:
+        return tl.broadcast_to(word, (T, word.shape[1], C))
+    else:
+        return tl.broadcast_to(word, (word.shape[0], C))
+
+
+@triton.jit
+def as_type(a, b, c, d, DT: tl.constexpr):
+    """The same bits."""
+    return a.to(DT, bitcast=True), b.to(DT, bitcast=True), c.to(DT, bitcast=True), d.to(DT, bitcast=True)
+
+
+@triton.jit
+def row_parts(low, high, t0, t1, t2, t3, t4, t5, t6, t7, NUMBERS: tl.constexpr, DT: tl.constexpr):
+    """All parts of words as DT by the rows' own tables; four come twice where a word has no more."""
+    constraints: tl.constexpr = "=r,=r,=r,=r" + ",r" * 18
+    words = [low.to(tl.int16), high.to(tl.int16), t0, t1, t2, t3, t4, t5, t6, t7]
+    even: tl.constexpr = row_lookup(NUMBERS, 0)
+    a, b, c, d = tl.inline_asm_elementwise(
+        even, constraints, words, dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
+    )
+    a, b, c, d = as_type(a, b, c, d, DT)
+    if bits_of_numbers(NUMBERS) == 4:
+        return a, b, c, d, a, b, c, d
+    else:
+        odd: tl.constexpr = row_lookup(NUMBERS, 1)
+        e, f, g, h = tl.inline_asm_elementwise(
+            odd, constraints, words, dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2
+        )
+        e, f, g, h = as_type(e, f, g, h, DT)
+        return a, e, b, f, c, g, d, h
+
+
+@triton.jit
+def part_of(a, b, c, d, e, f, g, h, PART: tl.constexpr):
+    if PART < 4:
+        if PART < 2:
+            return a if PART == 0 else b
+        else:
+            return c if PART == 2 else d
+    else:
+        if PART < 6:
+            return e if PART == 4 else f
+        else:
+            return g if PART == 6 else h
+
+
+@triton.jit
+def from_table(low, high, table, NUMBERS: tl.constexpr, PART: tl.constexpr, DT: tl.constexpr):
+    """Part PART of the words, read from tables in memory. table: pointers to those of rows, that words broadcast to."""
+    index = code(low, high, NUMBERS, PART)
+    if is_row_table(NUMBERS):
+        lower = tl.load(table + index // 4) >> (index % 4 * 8)
+        upper = tl.load(table + 4 + index // 4) >> (index % 4 * 8)
+        return ((lower & 0xFF) | (upper & 0xFF) << 8).to(tl.int16).to(DT, bitcast=True)
+    return tl.load(table + index)
+
+
 @triton.jit
 def weights(
     low,
@@ -262,6 +432,7 @@ def weights(
     zero,
     scale,
     table,
+    lane,
     NUMBERS: tl.constexpr,
     PART: tl.constexpr,
     SCALED: tl.constexpr,
@@ -271,10 +442,15 @@ def weights(
 ):
     """Part PART of the words as DT, times scale if SCALED. zero: DT and scale: float32, of the shape of the words.
 
-    EXACT: DT holds every scale. table: pointers to the tables of the rows, that words broadcast to.
+    EXACT: DT holds every scale. table: as for `from_table`; lane: of `entry_of_lane`.
     """
     if is_table(NUMBERS):
-        value = tl.load(table + code(low, high, NUMBERS, PART))
+        if is_lane_table(NUMBERS) and ASM:
+            source: tl.constexpr = lane_lookup(NUMBERS, PART)
+            words = [low.to(tl.int16), high.to(tl.int16), lane]
+            value = tl.inline_asm_elementwise(source, "=r,=r,r,r,r,r", words, dtype=tl.float32, is_pure=True, pack=2)
+        else:
+            value = from_table(low, high, table, NUMBERS, PART, DT)
         if SCALED:
             value *= scale
         return value.to(DT)

@@ -10,6 +10,8 @@ when a kernel is compiled. Common ones:
     EXACT    the type of x holds every scale
     EVEN     no column is missing of the last step
     ASM      decode by inline assembly; else by its plain twin
+    EXPERTS  weights that lie one after the other: rows of x are sorted by them, and ends (EXPERTS,) says where those of
+             each end. 0: one weight. `finished` adds their sums (M, GROUPS) by offset (rows, GROUPS) where HAS_OFFSET
 """
 
 from __future__ import annotations
@@ -19,16 +21,22 @@ import triton.language as tl
 
 from .triton_decode import (
     bits_of_numbers,
-    code,
     decoded,
     entry,
+    entry_of_lane,
+    from_table,
     high_bits,
+    is_row_table,
     is_table,
     low_bits,
     next_word,
+    part_of,
     parts_of,
     parts_per_unit,
+    power_of_2,
+    row_parts,
     scale_bytes,
+    table_words,
     unit,
     unit_at,
     weights,
@@ -51,23 +59,48 @@ def words3(pointer, offsets, live, BLOCK: tl.constexpr, T: tl.constexpr, S: tl.c
 
 
 @triton.jit
-def finished(acc, n, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, HAS_BIAS: tl.constexpr, BOOST: tl.constexpr):
+def tile_of(ends_ptr, slot, M, BM: tl.constexpr, EXPERTS: tl.constexpr):
+    """(expert, first row of x, end of the expert's rows) of tile `slot`, where each expert's rows are cut into tiles.
+
+    Expert EXPERTS or more: there are fewer tiles. Every program finds its own: no list of them has to be made before.
+    """
+    e = tl.arange(0, power_of_2(EXPERTS))
+    ends = tl.minimum(tl.load(ends_ptr + e, mask=e < EXPERTS, other=0), M)
+    starts = tl.minimum(tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < EXPERTS), other=0), M)
+    tiles = tl.where(e < EXPERTS, (tl.maximum(ends - starts, 0) + BM - 1) // BM, 0)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= slot).to(tl.int32), 0)
+    own = e == expert
+    before = tl.sum(tl.where(e < expert, tiles, 0), 0)
+    first = tl.sum(tl.where(own, starts, 0), 0) + (slot - before) * BM
+    return expert, first, tl.sum(tl.where(own, ends, 0), 0)
+
+
+@triton.jit
+def finished(
+    acc, n, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, sums_ptr, offset_ptr, GROUPS,
+    HAS_BIAS: tl.constexpr, HAS_OFFSET: tl.constexpr, BOOST: tl.constexpr,
+):  # fmt: skip
     """Multiply (rows, BM) by the row's own factor, add the bias, round and store."""
     ok = (m < M)[None, :] & (n < N)[:, None]
     value = acc * (tl.load(row_ptr + n, mask=n < N, other=0.0) * (1.0 / BOOST))[:, None]
+    if HAS_OFFSET:
+        for g in range(0, GROUPS):
+            offset = tl.load(offset_ptr + n * GROUPS + g, mask=n < N, other=0.0)
+            value += offset[:, None] * tl.load(sums_ptr + m * GROUPS + g, mask=m < M, other=0.0)[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + m[None, :].to(tl.int64) * stride_bias + n[:, None], mask=ok, other=0.0)
         value += bias.to(tl.float32)
     tl.store(o_ptr + m[None, :].to(tl.int64) * N + n[:, None], value.to(o_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "GROUPS"])
 def gemv(
-    x_ptr, low_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, row_ptr, bias_ptr, o_ptr,
-    M, N, K, stride_x, stride_bias, stride_table, STRIPS, STEPS,
+    x_ptr, low_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, row_ptr, bias_ptr, o_ptr, ends_ptr, sums_ptr, offset_ptr,
+    M, N, K, stride_x, stride_bias, stride_table, STRIPS, STEPS, GROUPS,
     BM: tl.constexpr, S: tl.constexpr, T: tl.constexpr, NUMBERS: tl.constexpr, SCALE: tl.constexpr,
     UNITS: tl.constexpr, ZERO: tl.constexpr, HAS_ZERO: tl.constexpr, BOOST: tl.constexpr, SCALED: tl.constexpr,
-    EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OFFSET: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """For few rows of x: a program owns 16 * S rows of w, and its T warps share out K.
 
@@ -88,6 +121,19 @@ def gemv(
     pid = tl.program_id(0)
     t = tl.arange(0, T)
     m = tl.arange(0, BM)
+    if EXPERTS:
+        expert, first_row, M = tile_of(ends_ptr, tl.program_id(1), M, BM, EXPERTS)
+        if expert >= EXPERTS:
+            return
+        m += first_row
+        low_ptr += expert.to(tl.int64) * STRIPS * STEPS * (512 * BLOCKS)
+        high_ptr += expert.to(tl.int64) * STRIPS * STEPS * 512
+        scale_ptr += expert.to(tl.int64) * STRIPS * STEPS * WORDS
+        zero_ptr += expert.to(tl.int64) * STRIPS * STEPS * ZERO_WORDS
+        table_ptr += expert.to(tl.int64) * STRIPS * 16 * stride_table
+        row_ptr += expert * STRIPS * 16
+        bias_ptr += expert * N
+        offset_ptr += expert.to(tl.int64) * STRIPS * 16 * GROUPS
     r = tl.arange(0, R)
     c = tl.arange(0, C)
     strip = tl.minimum(pid * S + tl.arange(0, S), STRIPS - 1)
@@ -104,6 +150,10 @@ def gemv(
     scales = scale_ptr + place * WORDS + (n % 16)[None, :]
     zeros = zero_ptr + place * ZERO_WORDS + (n % 16)[None, :]
     table = table_ptr + (n * stride_table)[None, :, None]
+    lane = entry_of_lane(table_ptr, NUMBERS, ASM)
+    BYTE_TABLE: tl.constexpr = is_row_table(NUMBERS) and ASM
+    if BYTE_TABLE:
+        t0, t1, t2, t3, t4, t5, t6, t7 = table_words(table_ptr + (n * stride_table)[None, :, None], T, C)
     xs = x_ptr + m[None, None, :].to(tl.int64) * stride_x + c[None, :, None] + t[:, None, None] * 256
     rows_ok = (m < M)[None, None, :]
     acc = tl.zeros((T, R, BM), dtype=tl.float32)
@@ -146,10 +196,17 @@ def gemv(
                 else:
                     now = low2
                     now_high = high2
-                w = weights(
-                    now, now_high, zero, tl.broadcast_to((scale * BOOST)[:, :, None], (T, R, C)), table, NUMBERS, p,
-                    SCALED, EXACT, ASM, DT,
-                )  # fmt: skip
+                if BYTE_TABLE:
+                    if p % P == 0:
+                        w0, w1, w2, w3, w4, w5, w6, w7 = row_parts(
+                            low, high, t0, t1, t2, t3, t4, t5, t6, t7, NUMBERS, DT
+                        )  # fmt: skip
+                    w = part_of(w0, w1, w2, w3, w4, w5, w6, w7, p % P)
+                else:
+                    w = weights(
+                        now, now_high, zero, tl.broadcast_to((scale * BOOST)[:, :, None], (T, R, C)), table, lane,
+                        NUMBERS, p, SCALED, EXACT, ASM, DT,
+                    )  # fmt: skip
                 column = p * 32 + h * 16
                 ok = rows_ok
                 if not EVEN:
@@ -168,7 +225,10 @@ def gemv(
         zeros += T * ZERO_WORDS
         xs += T * 256
     n = pid * R + r
-    finished(tl.sum(acc, axis=0), n, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, HAS_BIAS, BOOST)
+    finished(
+        tl.sum(acc, axis=0), n, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, sums_ptr, offset_ptr, GROUPS,
+        HAS_BIAS, HAS_OFFSET, BOOST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -185,13 +245,15 @@ def beside(a, b):
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "GROUPS"])
 def gemm(
-    x_ptr, low_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, row_ptr, bias_ptr, o_ptr, work_ptr,
-    M, N, K, stride_x, stride_bias, stride_table, STRIPS, STEPS, SHARE,
+    x_ptr, low_ptr, high_ptr, scale_ptr, zero_ptr, table_ptr, row_ptr, bias_ptr, o_ptr, ends_ptr, sums_ptr, offset_ptr,
+    work_ptr,
+    M, N, K, stride_x, stride_bias, stride_table, STRIPS, STEPS, GROUPS, SHARE,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, NUMBERS: tl.constexpr, SCALE: tl.constexpr,
     UNITS: tl.constexpr, ZERO: tl.constexpr, HAS_ZERO: tl.constexpr, BOOST: tl.constexpr, SCALED: tl.constexpr,
-    EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OFFSET: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program owns BN rows of w, BM of x and SHARE steps of 256 columns; two products of 128 columns to a step.
 
@@ -211,11 +273,24 @@ def gemm(
     pn = tl.program_id(0)
     pk = tl.program_id(1)
     pm = tl.program_id(2)
+    m = pm * BM + tl.arange(0, BM)
+    if EXPERTS:
+        expert, first_row, M = tile_of(ends_ptr, pm, M, BM, EXPERTS)
+        if expert >= EXPERTS:
+            return
+        m = first_row + tl.arange(0, BM)
+        low_ptr += expert.to(tl.int64) * STRIPS * STEPS * (512 * BLOCKS)
+        high_ptr += expert.to(tl.int64) * STRIPS * STEPS * 512
+        scale_ptr += expert.to(tl.int64) * STRIPS * STEPS * WORDS
+        zero_ptr += expert.to(tl.int64) * STRIPS * STEPS * ZERO_WORDS
+        table_ptr += expert.to(tl.int64) * STRIPS * 16 * stride_table
+        row_ptr += expert * STRIPS * 16
+        bias_ptr += expert * N
+        offset_ptr += expert.to(tl.int64) * STRIPS * 16 * GROUPS
     first = pk * SHARE
     strip = tl.minimum(pn * S + tl.arange(0, S), STRIPS - 1)
     rows = pn * BN + tl.arange(0, BN)
     n = tl.minimum(rows // 16, STRIPS - 1) * 16 + rows % 16
-    m = pm * BM + tl.arange(0, BM)
     k = tl.arange(0, 128)
     half = tl.arange(0, 2)[:, None, None] * 256 + tl.arange(0, 256)[None, None, :]
     lows = (strip * STEPS + first)[None, :, None] * (512 * BLOCKS) + half
@@ -223,6 +298,10 @@ def gemm(
     scales = scale_ptr + (n // 16 * STEPS + first) * WORDS + n % 16
     zeros = zero_ptr + (n // 16 * STEPS + first) * ZERO_WORDS + n % 16
     table = table_ptr + (n * stride_table)[:, None]
+    lane = entry_of_lane(table_ptr, NUMBERS, ASM)
+    BYTE_TABLE: tl.constexpr = is_row_table(NUMBERS) and ASM
+    if BYTE_TABLE:
+        t0, t1, t2, t3, t4, t5, t6, t7 = table_words(table, 0, 32)
     xs = x_ptr + m[None, :].to(tl.int64) * stride_x + k[:, None] + first * 256
     rows_ok = (m < M)[None, :]
     second = (tl.arange(0, 32) >= 16)[None, :]
@@ -256,7 +335,14 @@ def gemm(
                     zero_word = next_word(zero_word, zeros, True, unit_at(p, UNITS, 1), 2, False)
                     other = entry(zero_word, unit_at(p, UNITS, 1), "fp16" if F16 else "bf16").to(DT)
                     zero = tl.where(second, other[:, None], zero)
-            w = weights(low, high, zero, factor, table, NUMBERS, p, SCALED, EXACT, ASM, DT)
+            if BYTE_TABLE:
+                if p % P == 0:
+                    w0, w1, w2, w3, w4, w5, w6, w7 = row_parts(
+                        low, high, t0, t1, t2, t3, t4, t5, t6, t7, NUMBERS, DT
+                    )  # fmt: skip
+                w = part_of(w0, w1, w2, w3, w4, w5, w6, w7, p % P)
+            else:
+                w = weights(low, high, zero, factor, table, lane, NUMBERS, p, SCALED, EXACT, ASM, DT)
             if p % 2 == 0:
                 even = w
             elif p % 4 == 1:
@@ -285,7 +371,10 @@ def gemm(
         place = pk.to(tl.int64) * M * N + m[None, :].to(tl.int64) * N + rows[:, None]
         tl.store(work_ptr + place, acc, mask=ok)
     else:
-        finished(acc, rows, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, HAS_BIAS, BOOST)
+        finished(
+            acc, rows, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, sums_ptr, offset_ptr, GROUPS,
+            HAS_BIAS, HAS_OFFSET, BOOST,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -301,7 +390,7 @@ def reduce(
     acc = tl.zeros((BLOCK, 1), dtype=tl.float32)
     for j in tl.static_range(SPLIT):
         acc += tl.load(work_ptr + j * M.to(tl.int64) * N + place, mask=ok, other=0.0)
-    finished(acc, n, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, HAS_BIAS, BOOST)
+    finished(acc, n, m, M, N, row_ptr, bias_ptr, stride_bias, o_ptr, row_ptr, row_ptr, 0, HAS_BIAS, False, BOOST)
 
 
 @triton.jit
@@ -352,7 +441,7 @@ def dequantize(
                 zero = entry(word >> (u % 2 * 16)[None, :], 0, "fp16" if F16 else "bf16").to(DT)
         k = step * 256 + p * 32 + c
         if is_table(NUMBERS):
-            value = tl.load(table + code(low, high, NUMBERS, p)) * factor
+            value = from_table(low, high, table, NUMBERS, p, DT).to(tl.float32) * factor
         else:
             value = decoded(low, high, zero, NUMBERS, p, ASM, DT).to(tl.float32) * factor
         ok = (n < N)[:, None] & (k < K)[None, :]

@@ -43,7 +43,8 @@ class Spec(NamedTuple):
     """All that the kernels must know of a weight beside its tensors; as text, an argument of the operators.
 
     numbers: "int4": an unsigned integer less `zero`; "e2m1": sign, exponent, mantissa; "mag8": sign and an integer of 8
-    bits; "tab4": an index of a table.
+    bits; "tab4": an index of a table; "own4": of a table in memory, of all rows or of each; "row4": of
+    the row's own table, in bytes.
     """
 
     rows: int
@@ -79,6 +80,16 @@ class Spec(NamedTuple):
         return -(-self.layout_columns // STEP)
 
 
+class Origin(NamedTuple):
+    """The `packed` of a PackedWeight, but for its codes."""
+
+    bits: int
+    trits: bool
+    dtype: torch.dtype
+    width: int  # of a row, in numbers of dtype
+    codes: Tensor | None  # (2**bits of the layout,) uint8: the stored code of each; None: the same
+
+
 @dataclass(frozen=True)
 class Layout:
     """A weight for the kernels. Tensors that a format has no use for are None."""
@@ -88,9 +99,10 @@ class Layout:
     high: Tensor | None  # (strips, steps, 512) int16 or int8
     scale: Tensor | None  # (strips, steps, words, 16) int32: the scales of a row, side by side in words
     zero: Tensor | None  # the same of 16-bit floats: -zero * unit_of(numbers)
-    table: Tensor | None  # (padded rows or 1, 2**bits) float32
+    table: Tensor | None  # (padded rows or 1, 2**bits) float32; "row": (padded rows, 8) int32, see `table_bytes`
     row: Tensor  # (rows,) float32: what the products are multiplied by at the end
     offset: Tensor | None  # (rows, groups) float32: added to the weights of a group
+    origin: Origin | None  # how to make the weight's codes again; None where more than codes went into words
 
 
 def bits_of_numbers(numbers: str) -> int:
@@ -130,7 +142,12 @@ def unit_of(numbers: str, dtype: torch.dtype) -> float:
 
 
 def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
-    """`dtype`, float16 or bfloat16, is that of the numbers multiplied. Raises ValueError as `numbers_of` does."""
+    """`dtype` is that of the activations; those of float32 are only decoded for, and laid out as for bfloat16.
+
+    Raises ValueError as `numbers_of` does.
+    """
+    only_decoded = dtype == torch.float32
+    dtype = torch.bfloat16 if only_decoded else dtype
     group, groups = min(weight.group, weight.shape[1]), weight.groups
     numbers = numbers_of(weight, dtype)
     padded = group if groups == 1 else -(-group // 16) * 16
@@ -141,9 +158,12 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
         table, scale = table * scale, torch.ones_like(scale)  # rounded once, as a dense weight is
     elif per_row and table is not None:
         per_row = False  # a table for all rows: weights are scaled before they are rounded
-    spec = Spec(
-        *weight.shape, group, padded, numbers.name, "fp32", 0 if per_row else STEP // unit, numbers.zero, boost=0
-    )
+    name = numbers.name
+    if table is not None and per_row and weight.bits in (2, 3, 4) and not only_decoded:
+        name, table = f"row{weight.bits}", table_bytes(table.to(dtype))
+    elif table is not None and (table.shape[0] > 1 or weight.bits > 5):
+        name = f"own{weight.bits}"
+    spec = Spec(*weight.shape, group, padded, name, "fp32", 0 if per_row else STEP // unit, numbers.zero, boost=0)
     row = torch.full((weight.shape[0],), 1 / unit_of(numbers.name, dtype), device=weight.packed.device)
     words = None
     if per_row:
@@ -162,7 +182,13 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
     low, high = _parts(weight, numbers, spec)
     if table is not None and table.shape[0] > 1:
         table = functional.pad(table, (0, 0, 0, -table.shape[0] % STRIP))
-    return Layout(spec, low, high, words, zero, table, row.contiguous(), numbers.offset)
+    return Layout(spec, low, high, words, zero, table, row.contiguous(), numbers.offset, _origin(weight, numbers))
+
+
+def table_bytes(table: Tensor) -> Tensor:
+    """(rows, up to 16) 16-bit floats -> (rows, 8) int32: sixteen lower bytes, then sixteen upper ones."""
+    table = functional.pad(table, (0, 16 - table.shape[1])).contiguous()
+    return table.view(torch.uint8).unflatten(1, (16, 2)).transpose(1, 2).reshape(len(table), 32).view(torch.int32)
 
 
 def _stored(weight: PackedWeight) -> Tensor:
@@ -386,6 +412,63 @@ def arrange(codes: Tensor, taken: range, spec: Spec) -> Tensor:
             words |= (codes[part] & mask) << shift if shift >= 0 else (codes[part] & mask) >> -shift
     words = words.to(torch.int8) if len(taken) == 1 else words
     return words.reshape(words.shape[0], words.shape[1], 512)
+
+
+# ---- and back
+
+
+def _origin(weight: PackedWeight, numbers: Numbers) -> Origin | None:
+    """Where two codes became one, another one comes back than was there: whoever relies on it must compare."""
+    back = None
+    if weight.micro is not None:
+        return None
+    if numbers.recode is not None:
+        back = torch.zeros(2 ** bits_of_numbers(numbers.name), dtype=torch.uint8, device=weight.packed.device)
+        back[numbers.recode.int()] = torch.arange(len(numbers.recode), dtype=torch.uint8, device=back.device)
+    return Origin(weight.bits, weight.trits, weight.packed.dtype, weight.packed.shape[1], back)
+
+
+def packed_again(
+    low: Tensor, high: Tensor | None, spec: Spec, origin: Origin, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """The rows of strips [start, stop) as the PackedWeight had them, but for what lay behind the last code of a row."""
+    stop = len(low) if stop is None else stop
+    size = max(1, CHUNK // spec.columns // STRIP)
+    if stop - start > size:
+        pieces = [(first, min(first + size, stop)) for first in range(start, stop, size)]
+        return torch.cat([packed_again(low, high, spec, origin, *piece) for piece in pieces])
+    bits = spec.bits
+    codes = _disarranged(low[start:stop], range(low_bits(bits)), spec)
+    if high is not None:
+        codes |= _disarranged(high[start:stop], range(low_bits(bits), bits), spec)
+    if spec.group != spec.padded:
+        codes = codes[:, : spec.layout_columns].unflatten(1, (-1, spec.padded))[..., : spec.group].flatten(1)
+    codes = codes[: spec.rows - STRIP * start, : spec.columns]
+    if origin.codes is not None:
+        codes = origin.codes[codes.int()]
+    if origin.trits:
+        codes = functional.pad(codes.short(), (0, -spec.columns % 5)).unflatten(1, (-1, 5))
+        data = sum(codes[..., j] * 3**j for j in range(5)).to(torch.uint8)
+    else:
+        codes = functional.pad(codes.long(), (0, -spec.columns % 8)).unflatten(1, (-1, 8))
+        eights = codes[..., 0].clone()
+        for j in range(1, 8):
+            eights |= codes[..., j] << (origin.bits * j)
+        data = eights.contiguous().view(torch.uint8).unflatten(1, (-1, 8))[..., : origin.bits].flatten(1)
+    size = origin.width * origin.dtype.itemsize
+    return functional.pad(data, (0, max(0, size - data.shape[1])))[:, :size].contiguous().view(origin.dtype)
+
+
+def _disarranged(words: Tensor, taken: range, spec: Spec) -> Tensor:
+    """What `arrange` was given: the bits `taken` of codes (padded rows, steps * 256) int16."""
+    parts, low, high = 8 if len(taken) == 1 else 16 // len(taken), low_bits(spec.bits), high_bits(spec.bits)
+    words = words.short().view(*words.shape[:2], 2, 8, 4, 2, 2, 2)
+    codes = torch.zeros(parts, *words.shape, dtype=torch.int16, device=words.device)
+    for part in range(parts):
+        for bit in taken:
+            codes[part] |= (words >> (place_of(spec.numbers, low, high, part, bit) % 16) & 1) << bit
+    codes = codes.permute(1, 7, 4, 2, 0, 3, 6, 5, 8)
+    return codes.reshape(STRIP * words.shape[0], -1)
 
 
 def pad_groups(x: Tensor, spec: Spec) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from . import triton_kernels as kernels
 from .triton_layout import Spec, group_sums, pad_groups
-from .triton_settings import Device, Settings, is_even, settings_for
+from .triton_settings import Device, Settings, is_even, settings_for, settings_for_experts
 
 FUSED = {"enable_fp_fusion": True}  # triton 3.9 warns where it is left to a default that will change
 ROWS_REDUCED = 128  # columns of the result that one program of `reduce` adds up
@@ -96,54 +96,116 @@ def _(
     return low.new_empty(shape.rows, shape.columns, dtype=dtype)
 
 
+@torch.library.custom_op("llmquant::triton_grouped", mutates_args=())
+def grouped(
+    x: Tensor,
+    ends: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    row: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
+    """Rows of x (M, columns) times the weights that they are sorted by -> (M, rows).
+
+    ends (experts,) int32: where the rows of each expert end; what comes after the last end is left as it was in memory.
+    The rest is the Layout of all experts, one after the other; bias (experts, rows); spec: of one of them.
+    """
+    shape = Spec.of(spec)
+    settings = settings_for_experts(len(x), len(ends), shape, device_of(x.device))
+    return launch(x, (low, high, scale, zero, table, row, offset), bias, shape, settings, ends=ends)
+
+
+@grouped.register_fake
+def _(
+    x: Tensor,
+    ends: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    table: Tensor | None,
+    row: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
+    shape = Spec.of(spec)
+    if x.dim() != 2 or x.shape[1] != shape.columns:
+        raise RuntimeError(f"x must be (tokens, {shape.columns}), not {tuple(x.shape)}")
+    return x.new_empty(x.shape[0], shape.rows)
+
+
 Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
 
 
 def launch(
-    x: Tensor, parts: Parts, bias: Tensor | None, spec: Spec, settings: Settings, out: Tensor | None = None
+    x: Tensor,
+    parts: Parts,
+    bias: Tensor | None,
+    spec: Spec,
+    settings: Settings,
+    out: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Tensor:
-    """x (M, columns) -> (M, rows), written to `out` if given, with these settings."""
+    """x (M, columns) -> (M, rows), written to `out` if given, with these settings. ends: as `grouped` has it."""
     low, high, scale, zero, table, row, offset = parts
     m = len(x)
-    if settings.kernel == "dense" or m == 0:
+    if ends is None and (settings.kernel == "dense" or m == 0):
         y = functional.linear(x, decode(parts, spec, x.dtype, x.dtype == torch.float16), bias)
         return y if out is None else out.copy_(y)
-    if offset is not None:  # a rank of one for each group: a product beside the kernel's own
+    if out is None:
+        out = x.new_empty(m, spec.rows)
+    if m == 0:
+        return out
+    sums = None
+    if offset is not None and ends is None:  # a rank of one for each group: a product beside the kernel's own
         added = functional.linear(group_sums(x, spec), offset)
         bias = added if bias is None else added.add_(bias)
+    elif offset is not None:
+        sums = group_sums(x, spec)
     if spec.group != spec.padded:
         x = pad_groups(x, spec)
     if x.stride(1) != 1:
         x = x.contiguous()
-    if out is None:
-        out = x.new_empty(m, spec.rows)
     numbers = _numbers(spec, settings, zero, x.dtype)
-    ends: dict[str, Any] = {"HAS_BIAS": bias is not None, "BOOST": numbers.pop("BOOST")}
-    stride_bias = 0 if bias is None or bias.dim() == 1 else bias.stride(0)
+    ends_of_rows: dict[str, Any] = {"HAS_BIAS": bias is not None, "BOOST": numbers.pop("BOOST")}
+    stride_bias = 0 if bias is None or bias.dim() == 1 or ends is not None else bias.stride(0)
     stride_table = 0 if table is None or len(table) == 1 else table.stride(0)
     bias = row if bias is None else bias
-    common = (x, low, *_or(low, high, scale, zero, table), row, bias, out)
-    strips = low.shape[0]
-    sizes = (m, spec.rows, spec.layout_columns, x.stride(0), stride_bias, stride_table, strips, spec.steps)
+    experts = 0 if ends is None else len(ends)
+    # Each expert has at most one tile that is not full.
+    tiles = triton.cdiv(m, settings.bm) if ends is None else m // settings.bm + min(m, experts)
+    grouping = (row, row, row) if sums is None else (row, sums, offset)
+    grouping = grouping if ends is None else (ends, *grouping[1:])
+    common = (x, low, *_or(low, high, scale, zero, table), row, bias, out, *grouping)
+    strips = low.shape[0] // max(1, experts)
+    groups = 0 if sums is None else sums.shape[1]
+    sizes = (m, spec.rows, spec.layout_columns, x.stride(0), stride_bias, stride_table, strips, spec.steps, groups)
     tuning = {"num_warps": settings.warps, "num_stages": settings.stages, "STAGES": settings.stages}
     tuning |= FUSED
-    numbers |= {"EVEN": is_even(settings, spec), **ends, **tuning}
+    numbers |= {"EVEN": is_even(settings, spec), "EXPERTS": experts, "HAS_OFFSET": sums is not None}
+    numbers |= {**ends_of_rows, **tuning}
     with _on(x.device):
         if settings.kernel == "gemv":
             s = settings.bn // 16
-            kernels.gemv[(triton.cdiv(strips, s), 1, 1)](
+            kernels.gemv[(triton.cdiv(strips, s), 1 if ends is None else tiles, 1)](
                 *common, *sizes, BM=settings.bm, S=s, T=settings.warps, **numbers
             )
             return out
         split = settings.split
         work = row if split == 1 else torch.empty(split, m, spec.rows, dtype=torch.float32, device=x.device)
-        grid = (triton.cdiv(spec.rows, settings.bn), split, triton.cdiv(m, settings.bm))
+        grid = (triton.cdiv(spec.rows, settings.bn), split, tiles)
         tile = {"BM": settings.bm, "BN": settings.bn, "SPLIT": split}
         kernels.gemm[grid](*common, work, *sizes, triton.cdiv(spec.steps, split), **tile, **numbers)
         if split > 1:
             grid = (triton.cdiv(spec.rows, ROWS_REDUCED), m, 1)
-            ends |= {"SPLIT": split, "BLOCK": ROWS_REDUCED, **FUSED}
-            kernels.reduce[grid](work, row, bias, out, m, spec.rows, stride_bias, **ends)
+            ends_of_rows |= {"SPLIT": split, "BLOCK": ROWS_REDUCED, **FUSED}
+            kernels.reduce[grid](work, row, bias, out, m, spec.rows, stride_bias, **ends_of_rows)
     return out
 
 

@@ -53,6 +53,15 @@ def settings_for(m: int, spec: Spec, device: Device) -> Settings:
     return legal(heuristic(m, spec, device), spec, device)
 
 
+def settings_for_experts(tokens: int, experts: int, spec: Spec, device: Device) -> Settings:
+    """For so many rows of x, shared out among experts. Nobody waits to learn how many each has.
+
+    Tiles have room for twice the mean, so that most experts need one, and read their weight once.
+    """
+    m = min(tokens, -(-2 * tokens // experts), ROWS_DENSE)
+    return legal(heuristic(m, spec, device)._replace(split=1), spec, device)
+
+
 def heuristic(m: int, spec: Spec, device: Device) -> Settings:
     """From the counts of instructions and the bytes in flight, not from measurements on a GPU.
 
@@ -67,8 +76,9 @@ def heuristic(m: int, spec: Spec, device: Device) -> Settings:
         warps = 8 if spec.steps % 8 == 0 and strips // s < 4 * device.processors else 4
         return Settings("gemv", 8 if m <= 8 else 16, STRIP * s, warps=warps)
     bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    # Numbers of two parts take too many registers for a wide tile with many rows of x.
-    bn = 256 if bm == 32 or (bm == 64 and not high_bits(spec.bits)) else 128
+    # Numbers of two parts and tables take too many registers for a wide tile with many rows of x.
+    wide = not high_bits(spec.bits) and spec.numbers[:3] not in ("tab", "own", "row")
+    bn = 256 if bm == 32 or (bm == 64 and wide) else 128
     tiles = -(-spec.rows // bn) * -(-m // bm)
     split = max(1, min(spec.steps // 2, -(-2 * device.processors // tiles), 16))
     return Settings("gemm", bm, bn, split, warps=8 if bm > 16 else 4, stages=2 if bm == 128 else 3, scaled=bm >= 64)
@@ -78,7 +88,7 @@ def legal(settings: Settings, spec: Spec, device: Device) -> Settings:
     """The same so that it can run: scales where the kernel or the numbers need them, what fits into shared memory."""
     if settings.kernel == "dense":
         return settings
-    table = spec.numbers.startswith("tab")
+    table = spec.numbers[:3] in ("tab", "own")  # one of all rows, or in memory: no 16-bit floats by themselves
     if spec.units == 0:
         scaled = False
     elif settings.kernel == "gemv":
@@ -86,8 +96,8 @@ def legal(settings: Settings, spec: Spec, device: Device) -> Settings:
     else:
         scaled = settings.scaled or table or spec.units > 2
     share = -(-spec.steps // settings.split)
-    # Looking up tables would be run ahead as well, each with room of its own in shared memory.
-    stages = 1 if table else settings.stages
+    # Looking up tables in memory would be run ahead as well, each with room of its own in shared memory.
+    stages = 1 if spec.numbers[:3] == "own" else settings.stages
     settings = settings._replace(scaled=scaled, split=-(-spec.steps // share), stages=stages)
     while shared_bytes(settings, spec) > device.shared:
         if settings.stages > 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -71,6 +72,32 @@ class PackedWeight:
         taken = {name: take(value) for name, value in vars(self).items()}
         return replace(self, **{**taken, "shape": (len(index), self.shape[1])})
 
+    @staticmethod
+    def stack(weights: Sequence[PackedWeight], rows: int) -> PackedWeight:
+        """Weights of one format and shape, one below the other, the last row of each repeated up to `rows`: a copy."""
+        first = weights[0]
+        own = first.shape[0]
+        alike = (first.bits, first.shape, first.group, first.signed, first.trits)
+        if any((w.bits, w.shape, w.group, w.signed, w.trits) != alike for w in weights):
+            raise ValueError("weights of different formats or shapes cannot be stacked")
+
+        def below(name: str) -> Any:
+            values = [getattr(w, name) for w in weights]
+            if name == "levels" and values[0] is not None and values[0].dim() == 1:
+                if all(torch.equal(value, values[0]) for value in values):
+                    return values[0]
+                values = [value.expand(own, -1) for value in values]
+            if not any(isinstance(value, Tensor) for value in values):
+                if any(value != values[0] for value in values):
+                    raise ValueError(f"weights of different {name} cannot be stacked: {values}")
+                return values[0]
+            values = [value.expand(own, -1) for value in values]
+            return torch.cat([torch.cat([value, value[-1:].expand(rows - own, -1)]) for value in values])
+
+        fields = ("packed", "scale", "zero", "offset", "levels", "outer", "micro")
+        shape = (len(weights) * rows, first.shape[1])
+        return replace(first, shape=shape, **{name: below(name) for name in fields})
+
     def facts(self, device: str | None = None) -> Facts:
         """What backends decide on. `device` replaces the tensors' own: a weight on meta is asked about as on "cpu"."""
         own = self.packed.device.type
@@ -138,6 +165,13 @@ class Prepared(ABC):
 
         Raises TypeError where x has another dtype, RuntimeError (from torch) where its last dimension is not `in`.
         """
+
+    def packed(self) -> Tensor | None:
+        """The `packed` of the weight that this was made of, bit for bit, for its owner not to hold it too.
+
+        None where that cannot be made again, or where this holds the tensor itself.
+        """
+        return None
 
     @property
     def nbytes(self) -> int:

@@ -29,13 +29,13 @@ def target_named(to: str) -> ModuleType:
 def check(model: Model, to: str) -> list[str]:
     """Notes for the user. Raises PlanError, naming the tensor, for what the target cannot express."""
     target = target_named(to)
-    for matrix in model.matrices:
+    for matrix in () if target is dense else model.matrices:
         if matrix.target.expert is not None:
             raise PlanError(
-                f"{matrix.target.name}: is one of many experts that the model holds as one tensor, and no export "
-                "writes these: keep them dense with --skip"
+                f"{matrix.target.name}: is one of many experts that the model holds as one tensor, and {to} is written "
+                "of linear layers: keep them dense with --skip"
             )
-        if target is not dense and isinstance(model.skeleton.get_submodule(matrix.target.name), nn.Embedding):
+        if isinstance(model.skeleton.get_submodule(matrix.target.name), nn.Embedding):
             raise PlanError(
                 f"{matrix.target.name}: is an embedding, and {to} is written of linear layers: keep it dense"
             )

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmquant import formats, inspection
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import CheckpointError, PlanError
+from llmquant.experts import layouts
 from llmquant.formats import Format
-from llmquant.matrices import Target, class_named, target_of
+from llmquant.matrices import Target, class_named, target_of, text_config
 from llmquant.output import OutputFolder
 
 Progress = Callable[[str, int, int], None]
@@ -46,8 +47,10 @@ class Matrix:
         return not self.target.transposed and not self.target.kernel
 
     def named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{suffix: stored tensor} out of tensors by their names in the file."""
-        return {suffix: tensors[self.base + suffix] for suffix in self.format.layout(self.target.shape)}
+        """{suffix: stored tensor} out of tensors by their names in the file; of an expert its own part of them."""
+        found = {suffix: tensors[self.base + suffix] for suffix in self.format.layout(self.target.shape)}
+        expert = self.target.expert
+        return found if expert is None else {suffix: tensor[expert] for suffix, tensor in found.items()}
 
     def decoded(self, tensors: dict[str, Tensor]) -> Tensor:
         """(out, in) float32"""
@@ -76,9 +79,13 @@ class Model:
             raise CheckpointError(f"{folder}: holds no model in llmquant's own format: only such a one is exported")
         skeleton = empty(folder, config)
         modules = dict(skeleton.named_modules())
+        transposed: dict[str, bool] = {}
+        if any("expert" in tensor for tensor in facts["tensors"]):
+            transposed = layouts(skeleton, getattr(text_config(skeleton.config), "hidden_size", 0))
         matrices = []
         for tensor in facts["tensors"]:
-            matrices.append(Matrix(_target(tensor, modules), tensor["key"], formats.get(tensor["format"])))
+            target = _target(tensor, modules, transposed)
+            matrices.append(Matrix(target, tensor["key"], formats.get(tensor["format"])))
         return cls(checkpoint, config, skeleton, tuple(matrices), facts)
 
     @property
@@ -144,11 +151,17 @@ class Model:
             folder.write_shard(part, file, tensors, check)
 
 
-def _target(tensor: dict[str, Any], modules: dict[str, nn.Module]) -> Target:
-    """Where a matrix of a manifest belongs."""
+def _target(tensor: dict[str, Any], modules: dict[str, nn.Module], transposed: dict[str, bool]) -> Target:
+    """Where a matrix of a manifest belongs. transposed: of every parameter of experts, whether these lie as (in, out).
+
+    Raises CheckpointError for experts of a parameter that the model does not have.
+    """
     name, shape = tensor["name"], (tensor["shape"][0], tensor["shape"][1])
     if "expert" in tensor:
-        return Target(name, shape, transposed=False, bias=False, expert=tensor["expert"])
+        parameter = name.rpartition(".")[0]
+        if parameter not in transposed:
+            raise CheckpointError(f"{name}: the model has no experts {parameter}: quantize it again")
+        return Target(name, shape, transposed[parameter], bias=False, expert=tensor["expert"])
     return target_of(name, modules[name]) or Target(name, shape, transposed=False, bias=False)  # or an embedding
 
 
