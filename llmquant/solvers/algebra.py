@@ -18,7 +18,7 @@ from llmquant.stats import Stats
 DAMPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Terms of a product that are added up in one go: MKL does not cut up to 512.
 TERMS = 256
-BLOCK = 256  # columns of a factor that are found at once
+BLOCK = 128  # columns of a factor that are found at once: those of 256 have other bits on two threads
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0) -> Tensor:
