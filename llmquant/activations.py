@@ -1,4 +1,4 @@
-"""Activations in integers, to see what they would cost: nothing is faster, only the numbers are those of such a product.
+"""Activations in integers, to see what they would cost: nothing is faster, the numbers are those of such a product.
 
 Before every product of a quantized linear layer its inputs are rounded to b-bit integers times a scale, and taken back:
 
@@ -97,7 +97,7 @@ class Activations:
         return float((counts.double() * (round_to(middles, scale, self.top) - middles).square()).sum())
 
     def _divergence(self, counts: Tensor, stop: int) -> float:
-        return float(coarsening_divergence(counts.double(), stop, self.top + 1))
+        return float(coarsening_divergence(counts, stop, self.top + 1))
 
 
 def round_to(x: Tensor, scale: Tensor, top: int) -> Tensor:

@@ -110,9 +110,7 @@ def tune(
     codes: Annotated[bool, typer.Option("--codes", help="Train the rounding, too.")] = False,
     top_k: Annotated[
         int | None,
-        typer.Option(
-            help="Likeliest tokens of the original to tune towards; 0: all [all, or 64 where memory is short]."
-        ),
+        typer.Option(help="Likeliest tokens of the original to tune towards; 0: all [64 if memory is short]."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
@@ -173,7 +171,8 @@ def _print(folder: Path, manifest: dict[str, Any], what: str, seconds: float, as
         print_lines([f"zero points of {', '.join(sorted(fixed))} stay as they are: they are integers"])
     before, after = manifest["bytes_before"], manifest["bytes_after"]
     out.print(
-        f"{tuned(manifest[what]) if what == 'tuning' else learned(manifest[what])}\n{folder}: {size(before)} -> {size(after)} ({before / after:.2f}x), "
+        f"{tuned(manifest[what]) if what == 'tuning' else learned(manifest[what])}\n"
+        f"{folder}: {size(before)} -> {size(after)} ({before / after:.2f}x), "
         f"{manifest['bits_per_weight']:.3f} bits per quantized weight, {duration(seconds)}",
         highlight=False,
         soft_wrap=True,

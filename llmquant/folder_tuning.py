@@ -98,8 +98,8 @@ def prepare(
     need, room = memory(prepared, course), psutil.virtual_memory().available if max_memory is None else max_memory
     if need > room:
         raise PlanError(
-            f"tuning needs about {need:,} bytes of memory, and there are {room:,}: take fewer or shorter windows, fewer "
-            "at once with --batch, or leave codes as they are"
+            f"tuning needs about {need:,} bytes of memory, and there are {room:,}: take fewer or shorter windows, "
+            "fewer at once with --batch, or leave codes as they are"
         )
     return prepared, course
 
@@ -163,9 +163,8 @@ def tune_folder(
             _unload(model, place)
         written.assemble(pipeline.result_config(prepared), source.companions())
         manifest = pipeline.result_manifest(prepared, written)
-        manifest |= {
-            key: facts[key] for key in ("kept_dense", "recoveries", "experts", "scaled", "qat") if key in facts
-        }
+        own = ("kept_dense", "recoveries", "experts", "scaled", "qat", "calibration_fit")
+        manifest |= {key: facts[key] for key in own if key in facts}
         tuning = {"kept": tuned.kept, "divergences": tuned.divergences, "codes": course.codes}
         manifest["settings"] = {**facts.get("settings", {}), "tune": {**noted, "kept": tuned.kept}}
         manifest["tuning"] = tuning if tuned.kept else facts.get("tuning", tuning)
