@@ -32,6 +32,7 @@ JOURNAL = "journal.jsonl"
 # Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean.
 KEPT = "kept-"
 STATE = f"{KEPT}state-"  # of training, with the step
+TEACHER = f"{KEPT}teacher.safetensors"
 CALIBRATION, CURVATURE, LEAN = (f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}"))
 
 
