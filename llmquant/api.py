@@ -17,6 +17,7 @@ from llmquant.activations import Activations, rounded
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.description import describe
 from llmquant.errors import PlanError
+from llmquant.job import Budget
 from llmquant.matrices import loader_of
 from llmquant.recipe import QUALITIES, Quality, Recipe
 
@@ -28,6 +29,7 @@ def quantize(
     output: str | Path,
     *,
     format: str | Recipe = "int4:g128",
+    budget: Budget | None = None,
     quality: str = "balanced",
     solver: str = "auto",
     rotate: str = "none",
@@ -49,7 +51,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a model into a folder that `llmquant.load` loads. Returns what the folder's llmquant.json says.
 
-    model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe; quality: fast,
+    model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe; budget: have
+    the format of every matrix chosen instead, but for what rules before a recipe's last one say; quality: fast,
     balanced or best; solver: a method by name instead, for a format by name; rotate: none, value, residual, or auto,
     which tries them; calibration: "self" (the model's own samples), a file or a dataset id; calibration_check: whether
     half of it gives way to the model's own samples where it is not the kind of text that the model was made for;
@@ -88,6 +91,7 @@ def quantize(
         device=device,
         dtype=dtype,
         rotate=rotate,
+        budget=budget,
         trust_remote_code=trust_remote_code,
     )
     prepared = pipeline.prepare(
@@ -152,6 +156,7 @@ def job_for(
     device: str | None,
     dtype: torch.dtype | None,
     rotate: str,
+    budget: Budget | None,
     trust_remote_code: bool,
 ) -> pipeline.Job:
     """The words of a user as a job; torch's random numbers start at the seed. Raises PlanError for unknown quality."""
@@ -170,6 +175,7 @@ def job_for(
         tuning=preset.tuning,
         trust_remote_code=trust_remote_code,
         rotate=rotate,
+        budget=budget,
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from llmquant.recipe import QUALITIES
+
+LEFT = 0.02  # bits a weight of a budget that may be left without a word
 
 
 def size(count: float) -> str:
@@ -36,6 +39,18 @@ def alike(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 def recovered(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Where numbers went wrong, and what was done. facts: a manifest."""
     return alike((found["name"], found["what"]) for found in facts.get("recoveries", []))
+
+
+def allocated(found: dict[str, Any]) -> str:
+    """How formats were chosen, in a line. found: what the manifest notes of it."""
+    counts = Counter(part["format"] for part in found["sets"] for _ in part["names"])
+    chosen = ", ".join(f"{spec} {counts[spec]}" for spec in found["formats"] if counts[spec])
+    known = {"predicted": found.get("predicted_kl"), "measured": found.get("measured_kl")}
+    kl = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if value is not None)
+    line = f"{found['aim']}, by {found['sensitivity']}: {chosen}"
+    if found.get("bits_left", 0.0) >= LEFT:
+        line += f"; {found['bits_left']:.3f} bits a weight are left: no mixture of these formats in between loses less"
+    return f"{line}; KL with weights rounded to nearest, on {found['tokens']} tokens: {kl}" if kl else line
 
 
 def tuned(found: dict[str, Any]) -> str:
@@ -98,12 +113,19 @@ def command(facts: dict[str, Any]) -> str:
     *kept, last = rules
     given = QUALITIES[quality].options if last["solver"] == "auto" else {}
     options = {key: value for key, value in last["options"].items() if given.get(key) != value}
+    budget = settings.get("budget")
     if all(rule["format"] is None for rule in kept) and last["pattern"] == "*" and set(options) <= {"clip"}:
-        words += ["--format", last["format"], *(word for rule in kept for word in ("--skip", f"'{rule['pattern']}'"))]
+        words += [] if budget else ["--format", last["format"]]
+        words += [word for rule in kept for word in ("--skip", f"'{rule['pattern']}'")]
         words += [word for key, value in options.items() for word in (f"--{key}", value)]
         words += ["--solver", last["solver"]] if last["solver"] != "auto" else []
     else:
         words += ["--recipe", "rules.json"]
+    if budget:
+        asked = {"--target-bpw": budget["bits"], "--target-size": budget["nbytes"], "--max-kl": budget["kl"]}
+        words += [str(word) for option in asked.items() if option[1] is not None for word in option]
+        words += ["--formats", ",".join(budget["formats"])]
+        words += ["--sensitivity", budget["sensitivity"]] if budget["sensitivity"] != "auto" else []
     words += ["--quality", quality] if quality != "balanced" else []
     words += ["--rotate", settings["rotate"]] if settings["rotate"] != "none" else []
     if calibration is not None:
@@ -150,6 +172,7 @@ def text(facts: dict[str, Any]) -> str:
         ("bits a quantized weight, metadata counted", f"{facts['bits_per_weight']:.3f}"),
         ("matrices quantized", len(facts["tensors"])),
         ("kept as they are", ", ".join(f"`{kept['name']}`" for kept in facts["kept_dense"]) or "embeddings and head"),
+        *([("formats chosen", allocated(facts["allocation"]))] if "allocation" in facts else []),
         *([("calibration text", fitted(facts["calibration_fit"]))] if "calibration_fit" in facts else []),
         *([("rotation", turned(facts["rotation"]))] if "rotation" in facts else []),
         *([("tuning of all blocks together", tuned(facts["tuning"]))] if "tuning" in facts else []),

@@ -15,7 +15,8 @@ import typer
 from rich.table import Column, Table
 
 from llmquant import cli_check, cli_exchange, cli_train
-from llmquant.card import alike, fitted, tuned, turned, verified
+from llmquant.card import alike, allocated, fitted, tuned, turned, verified
+from llmquant.cli_budget import budget_of, short
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
@@ -68,11 +69,22 @@ def main() -> None:
 def quantize(
     model: ModelArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write [MODEL-FORMAT].")] = None,
-    bits: Annotated[int, typer.Option(help="Bits of an integer weight, 2 to 8.")] = 4,
-    group: Annotated[str, typer.Option(help="Columns that share a scale; or channel, or tensor.")] = "128",
+    bits: Annotated[int | None, typer.Option(help="Bits of an integer weight, 2 to 8 [4].")] = None,
+    group: Annotated[str | None, typer.Option(help="Columns that share a scale; or channel, or tensor [128].")] = None,
     asym: Annotated[bool, typer.Option("--asym/--sym", help="With a zero point, or without.")] = False,
     format: Annotated[str | None, typer.Option(help="A format by name instead, such as int4:g128:asym.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="JSON rules instead: what gets which format.")] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Choose a format for every matrix instead: bits a weight, all counted.")
+    ] = None,
+    target_size: Annotated[str | None, typer.Option(help="The same, for all weights of the result, as 5GB.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="The same, for the smallest size with this KL, in nats.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Formats to choose from [int2:g64,int3:g64,...,int6:g64,int8:g128].")
+    ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="How it is found out what a format costs a matrix: kl, fisher, hessian [by size].")
+    ] = "auto",
     skip: Annotated[
         list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")
     ] = None,
@@ -147,6 +159,7 @@ def quantize(
     from transformers.utils import logging
 
     from llmquant import api, pipeline
+    from llmquant.allocate import assignments
     from llmquant.description import describe
     from llmquant.exchange.export import check, export
     from llmquant.exchange.model import Matrix, Model
@@ -155,10 +168,15 @@ def quantize(
 
     logging.disable_progress_bar()  # there is one of our own
 
+    budget = budget_of(target_bpw, target_size, max_kl, formats, sensitivity)
+    if budget is not None and (named := [bits, group, format, asym or None]) != [None] * len(named):
+        raise PlanError("a format beside a budget, which chooses one for every matrix: give candidates with --formats")
+    group = group or "128"
     granularity = f"g{group}" if group.isdecimal() else group
-    spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
+    spec = budget.formats[0] if budget else format or f"int{bits or 4}:{granularity}" + (":asym" if asym else "")
     rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip, solver=solver)
-    folder = output or Path(f"{Path(model).name}-{recipe.stem if recipe else spec.replace(':', '-')}")
+    named_by = recipe.stem if recipe else short(budget) if budget else spec.replace(":", "-")
+    folder = output or Path(f"{Path(model).name}-{named_by}")
     job = api.job_for(
         model,
         rules,
@@ -172,6 +190,7 @@ def quantize(
         device=device,
         dtype=dtype_named(dtype),
         rotate=rotate,
+        budget=budget,
         trust_remote_code=trust_remote_code,
     )
     with progress_bar(as_json) as progress:
@@ -187,8 +206,9 @@ def quantize(
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     exported = folder.with_name(f"{folder.name}-{to}")
     if to is not None:
-        matrices = tuple(Matrix(row.target, row.key, row.format) for row in prepared.plan.rows)
-        check(Model(prepared.checkpoint, prepared.checkpoint.config(), prepared.model.model, matrices), to)
+        for rows in assignments(prepared):
+            matrices = tuple(Matrix(row.target, row.key, row.format) for row in rows)
+            check(Model(prepared.checkpoint, prepared.checkpoint.config(), prepared.model.model, matrices), to)
         check_usable(exported, overwrite=overwrite)
     if dry_run:
         _print_plan(prepared.plan, as_json)
@@ -252,9 +272,8 @@ def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
-    summary |= {
-        key: manifest[key] for key in ("recoveries", "experts", "calibration_fit", "rotation") if manifest.get(key)
-    }
+    noted = ("recoveries", "experts", "allocation", "calibration_fit", "rotation")
+    summary |= {key: manifest[key] for key in noted if manifest.get(key)}
     summary |= {"phases": manifest["phases"], "overhead": overhead(manifest["phases"]), "behind": manifest["behind"]}
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
@@ -271,6 +290,8 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     for tensor in worst:
         table.add_row(tensor["name"], tensor["format"], f"{tensor.get(measure, 0.0):.4f}")
     out.print(table)
+    if allocation := manifest.get("allocation"):
+        print_lines([f"formats chosen {allocated(allocation)}"])
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
     if fit := manifest.get("calibration_fit"):

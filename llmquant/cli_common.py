@@ -72,12 +72,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def bytes_named(size: str | None) -> int | None:
-    """A number of bytes, with a unit or without."""
+def bytes_named(size: str | None, option: str = "--max-memory") -> int | None:
+    """A number of bytes, with a unit or without. Raises PlanError."""
     if size is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", size.strip(), re.ASCII)
     if found is None or len(size) > 20:
-        raise PlanError(f"--max-memory {size!r}: give bytes, as 4GiB, 500MB or 4000000000")
+        raise PlanError(f"{option} {size!r}: give bytes, as 4GiB, 500MB or 4000000000")
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))

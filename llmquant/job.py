@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +10,17 @@ from typing import Any
 
 import torch
 
+from llmquant import formats
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
+from llmquant.errors import PlanError
 from llmquant.plan import Plan
 from llmquant.recipe import Recipe
 from llmquant.version import __version__
+
+# Candidates of a budget: integers, which kernels and other tools take.
+FORMATS = ("int2:g64", "int3:g64", "int4:g64", "int5:g64", "int6:g64", "int8:g128")
+SENSITIVITIES = ("auto", "kl", "fisher", "hessian")
 
 # progress(what is being done, units done, units in all)
 Progress = Callable[[str, int, int], None]
@@ -48,6 +55,38 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a run may take or lose; one of the first three is set, the others are None.
+
+    bits: a quantized weight, all metadata counted; nbytes: of all weights of the result, dense ones too; kl: nats a
+    token. formats: the candidates. sensitivity: how it is found out what each costs; "auto": kl where the model is
+    small enough for it, else fisher, or hessian where no gradient goes through its blocks.
+    """
+
+    bits: float | None = None
+    nbytes: int | None = None
+    kl: float | None = None
+    formats: tuple[str, ...] = FORMATS
+    sensitivity: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises PlanError for what cannot be asked for."""
+        asked = {"bits a weight": self.bits, "bytes": self.nbytes, "nats": self.kl}
+        given = {unit: value for unit, value in asked.items() if value is not None}
+        if len(given) != 1:
+            raise PlanError(f"{len(given)} budgets: give one of bits a weight, size and KL divergence")
+        for unit, value in given.items():
+            if not 0 < value < math.inf:
+                raise PlanError(f"a budget of {value} {unit}: it must be above zero, and finite")
+        if len(set(self.formats)) < 2:
+            raise PlanError(f"{', '.join(self.formats) or 'no format'}: a budget needs at least two formats to mix")
+        for spec in self.formats:
+            formats.get(spec)
+        if self.sensitivity not in SENSITIVITIES:
+            raise PlanError(f"sensitivity {self.sensitivity!r} is unknown: choose one of {', '.join(SENSITIVITIES)}")
+
+
+@dataclass(frozen=True)
 class Job:
     """All that decides the bytes of a result. tuning: steps of end-to-end tuning after the last block."""
 
@@ -60,6 +99,7 @@ class Job:
     tuning: int = 0
     trust_remote_code: bool = False
     rotate: str = "none"  # one of rotation.MODES, or rotation.AUTO until it is known which
+    budget: Budget | None = None  # the recipe then says what is kept, and the rest is chosen from the candidates
 
     def settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {
@@ -71,6 +111,7 @@ class Job:
             "device": self.device,
             "dtype": str(self.dtype),
             "tuning": self.tuning,
+            "budget": None if self.budget is None else asdict(self.budget),
             "source": checkpoint.fingerprint(),
         }
 

@@ -29,11 +29,14 @@ from llmquant.errors import OutputError, VerificationError
 from llmquant.phases import phase
 
 JOURNAL = "journal.jsonl"
-# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean.
+# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean,
+# which formats were chosen.
 KEPT = "kept-"
 STATE = f"{KEPT}state-"  # of training, with the step
 TEACHER = f"{KEPT}teacher.safetensors"
-CALIBRATION, CURVATURE, LEAN = (f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}"))
+CALIBRATION, CURVATURE, LEAN, ALLOCATION = (
+    f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}", "allocation")
+)
 
 
 class OutputFolder:
@@ -272,7 +275,15 @@ class OutputFolder:
         names = sorted(name for name in self._kept if name.startswith(STATE))
         return load_file(self.partial / names[-1]) if names else None
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def kept_json(self, name: str, make: Callable[[], Any]) -> Any:
+        """As `kept`, for a JSON value."""
+
+        def packed() -> dict[str, Tensor]:
+            return {"json": torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8)}
+
+        return json.loads(self.kept(name, packed)["json"].numpy().tobytes())
+
+    def write_json(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         replace_text(self.partial / name, json.dumps(content, indent=2) + "\n")
 
     def assemble(self, config: dict[str, Any] | None, companions: list[Path]) -> None:

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import chats, domain, equivalence, recovery, rotation, text, trial, verification
+from llmquant import allocate, chats, domain, equivalence, recovery, rotation, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
 from llmquant.card import turned
@@ -36,15 +36,19 @@ from llmquant.errors import (
 from llmquant.estimate import Row, Work
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
-from llmquant.output import CALIBRATION, CURVATURE, OutputFolder, check_usable
+from llmquant.output import ALLOCATION, CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.phases import phase, timed
-from llmquant.plan import Plan, make_plan
+from llmquant.plan import Plan, make_plan, with_recipe
+from llmquant.recipe import Recipe
 from llmquant.saving import restore, save_block, stored, stored_name
 from llmquant.scaling import Scales
 from llmquant.solving import solve_block, solve_outside
 from llmquant.verification import Verification
 from llmquant.version import __version__
 
+# Of a run without calibration whose formats are chosen.
+SHOWN = Calibration(samples=16, curvature=1.0)
+RECIPE = "recipe.json"  # the rules that were chosen, in the result
 SCALED = ("awq", "gptq")  # solvers before which scales are moved
 
 __all__ = ["Calibration", "Job", "Prepared", "Progress", "prepare", "quantize", "silent"]
@@ -75,14 +79,18 @@ def prepare(
     checkpoint, model = rotation.opened(base, job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job))
     calibration = job.calibration
     length = 0
-    if calibration is not None:
-        if not model.causal:
-            raise PlanError(
-                f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
-                "those only: use --quality fast, which reads weights only"
-            )
-        length = _length(model.config, calibration)
-    plan = make_plan(checkpoint, model, job.recipe, output, _work(job, length, offload), max_memory)
+    if calibration is not None and not model.causal:
+        raise PlanError(
+            f"{job.model}: {type(model.model).__name__} is no causal language model, and calibration shows text to "
+            "those only: use --quality fast, which reads weights only"
+        )
+    if (shown := _seen(job)) is not None and model.causal:
+        length = _length(model.config, shown)
+    work, budget = _work(job, length, offload), job.budget
+    recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget)
+    plan = make_plan(checkpoint, model, recipe, output, work, max_memory)
+    if budget is not None:
+        plan = allocate.planned(plan, checkpoint, model, job.recipe, budget, max_memory)
     if chosen is not None:
         plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
     return Prepared(job, checkpoint, model, plan, length, chosen, offload)
@@ -116,6 +124,11 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> d
     return trial.decide(found) | ({"refused": refused} if refused else {})
 
 
+def _seen(job: Job) -> Calibration | None:
+    """What is shown to the model: for calibration or, where there is none, to see what formats cost."""
+    return SHOWN if job.calibration is None and job.budget is not None else job.calibration
+
+
 def _work(job: Job, length: int, offload: Path | None) -> Work:
     calibration = job.calibration
     if calibration is None:
@@ -143,10 +156,13 @@ def quantize(
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
     """
-    job, model, plan = prepared.job, prepared.model, prepared.plan
+    job, model = prepared.job, prepared.model
     blocks = len(model.block_names)
-    settings = {**job.settings(prepared.checkpoint), "codes_tuned": plan.tuning is not None and plan.tuning.shifts}
+    tuned = prepared.plan.tuning
+    settings = {**job.settings(prepared.checkpoint), "codes_tuned": tuned is not None and tuned.shifts}
     with timed() as seconds, OutputFolder(output, settings, overwrite=overwrite) as folder:
+        prepared, allocation = _allocated(prepared, folder, progress)
+        plan = prepared.plan
         streams, curves = _calibrate(prepared, folder, progress)
         places = _places(prepared)
         for block in range(blocks):
@@ -164,6 +180,9 @@ def quantize(
         with phase("finish", whole=True):
             folder.assemble(result_config(prepared), prepared.checkpoint.companions())
             manifest = {**result_manifest(prepared, folder), **tuning}
+            if allocation:
+                folder.write_json(RECIPE, allocation["recipe"])
+                manifest["allocation"] = allocation
         timeless: dict[str, Any] = {}
         if verify:
             with phase("verify", whole=True):
@@ -228,6 +247,28 @@ def _progress_within(progress: Progress, what: str, before: int, total: int, don
     progress(what, before + done, total)
 
 
+# ---- formats
+
+
+def _allocated(prepared: Prepared, folder: OutputFolder, progress: Progress) -> tuple[Prepared, dict[str, Any] | None]:
+    """With the formats that a budget allows, and how they were chosen; as it was where there is none."""
+    job, shown = prepared.job, _seen(prepared.job)
+    if job.budget is None or shown is None:
+        return prepared, None
+    seen = shown if shown.curvature else replace(shown, curvature=1.0)
+
+    def make() -> dict[str, Any]:
+        windows = _kept_windows(prepared, seen, folder, progress)
+        curves = partial(_kept_curvature, prepared, windows, seen, folder, progress)
+        return allocate.allocate(prepared, windows, seen.batch, curves, progress)
+
+    with phase("choose", whole=True):
+        found: dict[str, Any] = folder.kept_json(ALLOCATION, make)
+    recipe, calibrated = Recipe.from_json(found["recipe"]), job.calibration is not None
+    plan = with_recipe(prepared.plan, prepared.checkpoint, prepared.model, recipe, calibrated)
+    return replace(prepared, plan=plan), found
+
+
 # ---- calibration
 
 
@@ -238,13 +279,28 @@ def _calibrate(
     calibration = prepared.job.calibration
     if calibration is None:
         return None, {}
-    windows = folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress))["tokens"]
-    place = (prepared.offload or folder.partial) if prepared.plan.offload else None
+    windows = _kept_windows(prepared, calibration, folder, progress)
+    place = _offloaded(prepared, folder)
     streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place)
     if not calibration.curvature:
         return streams, {}
-    spill = place or folder.partial
-    return streams, folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, spill, progress))
+    return streams, _kept_curvature(prepared, windows, calibration, folder, progress)
+
+
+def _kept_windows(prepared: Prepared, calibration: Calibration, folder: OutputFolder, progress: Progress) -> Tensor:
+    return folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress))["tokens"]
+
+
+def _kept_curvature(
+    prepared: Prepared, windows: Tensor, calibration: Calibration, folder: OutputFolder, progress: Progress
+) -> dict[str, Tensor]:
+    spill = _offloaded(prepared, folder) or folder.partial
+    return folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, spill, progress))
+
+
+def _offloaded(prepared: Prepared, folder: OutputFolder) -> Path | None:
+    """Where hidden states lie, if not in memory."""
+    return (prepared.offload or folder.partial) if prepared.plan.offload else None
 
 
 @phase("curvature", whole=True)

@@ -44,6 +44,7 @@ class Plan:
     offload: bool = False  # whether the hidden states of calibration lie on the disk
     tuning: Means | None = None  # how blocks are trained together, if they are
     notes: tuple[str, ...] = ()  # what else there is to know
+    sensitivity: str | None = None  # how formats are chosen, if they are
 
     @property
     def weights(self) -> int:
@@ -84,6 +85,7 @@ class Plan:
             "seconds": self.seconds,
             "offload_activations": self.offload,
             "tuning": self.tuning and asdict(self.tuning),
+            "sensitivity": self.sensitivity,
         }
         return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], "notes": list(self.notes), **totals}
 
@@ -102,19 +104,7 @@ def make_plan(
     disk where they do not fit.
     Raises PlanError (names the tensor; or more memory is needed than `max_memory`) or OutputError (not enough disk).
     """
-    blocks = [*range(len(model.block_names)), None]
-    recipe = recipe.settled(work.tokens > 0)
-    _check_recipe(model, recipe, work.tokens > 0)
-    kernels: dict[Any, str] = {}
-    decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
-    rows = tuple(decision for decision in decided if isinstance(decision, Row))
-    kept = tuple(dict.fromkeys(decision for decision in decided if isinstance(decision, Kept)))
-    if not rows:
-        reason = f", such as {kept[0].name}: {kept[0].reason}" if kept else ""
-        raise PlanError(f"nothing is left to quantize: every module is kept dense{reason}")
-    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-    replaced = {name for row in rows for name in row.sources}
-    after = before + sum(row.nbytes for row in rows) - sum(checkpoint.nbytes(name) for name in replaced)
+    rows, kept, before, after = _decided(checkpoint, model, recipe, work.tokens > 0)
     free = free_bytes(output)
     if free < 1.01 * after:
         raise OutputError(f"{output}: the result needs {after:,} bytes, the disk has {free:,} free: free some space")
@@ -131,6 +121,32 @@ def make_plan(
     seconds = estimate.seconds(model, rows, before + after, work)
     notes = tuple(checkpoint.notes)
     return Plan(rows, kept, before, after, memory, seconds, work.offload, work.means, notes)
+
+
+def with_recipe(plan: Plan, checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, calibrated: bool) -> Plan:
+    """The plan with other formats, none of which takes more than the ones that it was made for."""
+    rows, kept, _, after = _decided(checkpoint, model, recipe, calibrated)
+    return replace(plan, rows=rows, kept=kept, bytes_after=after)
+
+
+def _decided(
+    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, calibrated: bool
+) -> tuple[tuple[Row, ...], tuple[Kept, ...], int, int]:
+    """What is quantized and what is not, and the bytes of all before and after."""
+    recipe = recipe.settled(calibrated)
+    _check_recipe(model, recipe, calibrated)
+    kernels: dict[Any, str] = {}
+    blocks = [*range(len(model.block_names)), None]
+    decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
+    rows = tuple(decision for decision in decided if isinstance(decision, Row))
+    kept = tuple(dict.fromkeys(decision for decision in decided if isinstance(decision, Kept)))
+    if not rows:
+        reason = f", such as {kept[0].name}: {kept[0].reason}" if kept else ""
+        raise PlanError(f"nothing is left to quantize: every module is kept dense{reason}")
+    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+    replaced = {name for row in rows for name in row.sources}
+    after = before + sum(row.nbytes for row in rows) - sum(checkpoint.nbytes(name) for name in replaced)
+    return rows, kept, before, after
 
 
 def _means(model: StreamedModel, rows: tuple[Row, ...], work: Work, max_memory: int | None) -> Means:

@@ -73,6 +73,7 @@ FORBIDDEN = {
     "trial": ["pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "scaling": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
+    "cpu_loops": ["*"],
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "phases": ["*"],
@@ -85,6 +86,9 @@ FORBIDDEN = {
     "estimate": ["pipeline", "plan", "output", "calibration", "cli", "hf", "linear", "checkpoint"],
     "plan": ["pipeline", "calibration", "cli", "hf", "linear"],
     "recipe": ["pipeline", "plan", "calibration", "blocks", "cli", "hf", "linear"],
+    "knapsack": [*WRITING, "checkpoint", "hf", "linear", "formats", "metrics", "text"],
+    "sensitivity": ["allocate", "pipeline", "plan", "output", "cli", "hf", "linear"],
+    "allocate": ["pipeline", "output", "solvers", "cli", "hf", "linear"],
     "job": ["pipeline", "solving", "saving", "endtoend", "calibration", "solvers", "output", "cli", "hf", "linear"],
     "solving": ["pipeline", "saving", "endtoend", "plan", "output", "cli", "hf", "linear"],
     "saving": ["pipeline", "endtoend", "plan", "recipe", "cli", "hf", "linear"],
@@ -108,6 +112,7 @@ FORBIDDEN = {
     "description": [*(room for room in WRITING if room != "output"), "hf", "linear"],
     "comparison": [*WRITING, "hf", "linear"],
     "cli_common": [*WRITING, "hf", "linear"],
+    "cli_budget": [*WRITING, "hf", "linear"],
 }
 
 
