@@ -163,8 +163,8 @@ def tune_folder(
             _unload(model, place)
         written.assemble(pipeline.result_config(prepared), source.companions())
         manifest = pipeline.result_manifest(prepared, written)
-        own = ("kept_dense", "recoveries", "experts", "scaled", "qat", "calibration_fit")
-        manifest |= {key: facts[key] for key in own if key in facts}
+        inherited = ("kept_dense", "recoveries", "experts", "scaled", "qat", "calibration_fit")
+        manifest |= {key: facts[key] for key in inherited if key in facts}
         tuning = {"kept": tuned.kept, "divergences": tuned.divergences, "codes": course.codes}
         manifest["settings"] = {**facts.get("settings", {}), "tune": {**noted, "kept": tuned.kept}}
         manifest["tuning"] = tuning if tuned.kept else facts.get("tuning", tuning)
@@ -294,7 +294,7 @@ def _result(model: StreamedModel, row: Row, matrix: tune.Matrix, before: dict[st
     facts = {key: before[key] for key in ("solver", "steps", "tokens", "recoveries") if key in before}
     w = row.target.matrix(model.module(row.target)).float()
     solution = Solution(matrix.codes, matrix.grid, energy(row.format.decode(matrix.codes, matrix.grid).sub_(w)))
-    found = {**report_of(row, w, solution, None, None), **facts, "tuned": True}
+    found: dict[str, Any] = {**report_of(row, w, solution, None, None), **facts, "tuned": True}
     if moved:
         found |= {key: before[key] for key in ("error", "loss") if key in before}
     return Result(row, solution, found)
