@@ -291,10 +291,10 @@ def _unload(model: StreamedModel, block: int | None) -> None:
 
 def _result(model: StreamedModel, row: Row, matrix: tune.Matrix, before: dict[str, Any], moved: bool) -> Result:
     """moved: scales were moved between matrices, and the original weight is no measure: what was noted stays."""
-    facts = {key: before[key] for key in ("solver", "steps", "tokens", "recoveries") if key in before}
+    facts: dict[str, Any] = {key: before[key] for key in ("solver", "steps", "tokens", "recoveries") if key in before}
     w = row.target.matrix(model.module(row.target)).float()
     solution = Solution(matrix.codes, matrix.grid, energy(row.format.decode(matrix.codes, matrix.grid).sub_(w)))
-    found: dict[str, Any] = {**report_of(row, w, solution, None, None), **facts, "tuned": True}
+    found = {**report_of(row, w, solution, None, None), **facts, "tuned": True}
     if moved:
         found |= {key: before[key] for key in ("error", "loss") if key in before}
     return Result(row, solution, found)
