@@ -58,10 +58,17 @@ def provisional(recipe: Recipe, budget: Budget) -> Recipe:
 
 
 def planned(
-    plan: Plan, checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, budget: Budget, max_memory: int | None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    model: StreamedModel,
+    recipe: Recipe,
+    budget: Budget,
+    max_memory: int | None,
+    sampled: int,
 ) -> Plan:
     """The plan made for the provisional recipe, with how formats will be chosen, and what that takes.
 
+    sampled: tokens that the model writes for nothing but this.
     Raises PlanError where the smallest candidates are too large, or memory does not hold what is asked for.
     """
     rows = _free(plan, recipe)
@@ -70,6 +77,8 @@ def planned(
     _check_limit(plan, rows, budget, least)
     how = _method(model, rows, budget, max_memory)
     seconds, nbytes = plan.seconds, plan.peak_memory
+    if sampled:
+        seconds += estimate.flop(model.dtype) * 2 * estimate.SLEEP * sampled * sum(row.weights for row in rows)
     if how == "kl":
         seconds += estimate.flop(torch.float32) * operations(model, rows, budget)
         nbytes = max(nbytes, estimate.BASE + memory(model, rows))

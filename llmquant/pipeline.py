@@ -90,7 +90,9 @@ def prepare(
     recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget)
     plan = make_plan(checkpoint, model, recipe, output, work, max_memory)
     if budget is not None:
-        plan = allocate.planned(plan, checkpoint, model, job.recipe, budget, max_memory)
+        plan = allocate.planned(
+            plan, checkpoint, model, job.recipe, budget, max_memory, 0 if calibration else SHOWN.samples * length
+        )
     if chosen is not None:
         plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
     return Prepared(job, checkpoint, model, plan, length, chosen, offload)
