@@ -87,7 +87,7 @@ def prepare(
     if (shown := _seen(job)) is not None and model.causal:
         length = _length(model.config, shown)
     work, budget = _work(job, length, offload), job.budget
-    recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget)
+    recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget, model)
     plan = make_plan(checkpoint, model, recipe, output, work, max_memory)
     if budget is not None:
         plan = allocate.planned(

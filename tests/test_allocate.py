@@ -283,7 +283,9 @@ def test_what_cannot_be_met_is_refused_in_the_plan(llama: Path, tmp_path: Path) 
 def test_a_large_model_is_not_measured_unless_asked(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert prepared(llama, tmp_path / "out", Budget(bits=4.0)).plan.sensitivity == "kl"
+    first = prepared(llama, tmp_path / "out", Budget(bits=4.0)).plan
+    assert first.sensitivity == "kl"
+    assert {row.format.spec for row in first.rows} == {"int6:g64:fp16"}  # int8:g128 is none for rows of 64
     monkeypatch.setattr(allocate, "AFFORDABLE", {"cpu": 1.0})
     assert prepared(llama, tmp_path / "out", Budget(bits=4.0)).plan.sensitivity == "fisher"
     plan = prepared(llama, tmp_path / "out", Budget(bits=4.0, sensitivity="kl")).plan
