@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ from torch.utils._pytree import tree_map_only
 import llmquant_kernels
 from llmquant.errors import PlanError
 from llmquant.formats import Format
-from llmquant_kernels import PackedWeight, Prepared, TritonExperts
+from llmquant_kernels import PackedWeight, Prepared, TritonExperts, cpu_compiled
+
+# The loops of the CPU's kernels. numba takes half a second to import, which who only loads a model need not wait.
+cpu_compiled.use(cache(partial(importlib.import_module, "llmquant.cpu_loops")))
 
 
 class QuantModule(nn.Module):

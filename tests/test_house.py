@@ -73,6 +73,7 @@ FORBIDDEN = {
     "trial": ["pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "scaling": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
+    "cpu_loops": ["*"],
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "phases": ["*"],
