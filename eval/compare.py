@@ -8,8 +8,9 @@ name. Linear layers inside the repeated blocks are quantized, the embedding and 
 dense float32 models of the decoded weights. TEXT is `pycode` (the standard library, as the bundled model knows it:
 calibration takes packages that it was trained on, evaluation those held out) or a file, whose first documents are for
 calibration and whose rest is for evaluation. For methods: `rtn` rounds over the whole range and `rtn-mse` over the one
-of least squared error, on the grid that GPTQ and compressed-tensors use; `llmquant-QUALITY` are this project's own, and
-`own-SOLVER` its code for a method by the paper, without what the presets add.
+of least squared error, on the grid that GPTQ and compressed-tensors use; `llmquant-QUALITY` are this project's own
+(`fast` reads weights only, `fast-calibrated` is `fast` with `--calibration`, and `balanced-unchecked` takes the wrong
+text as it is), and `own-SOLVER` its code for a method by the paper, without what the presets add.
 
 `--calibration` gives other tokens than TEXT's, alike for all tools: `self`, which the model samples by itself, or any
 text, so that the cost of a wrong domain can be measured; `--calibration-windows` gives more or fewer of them.
@@ -53,6 +54,8 @@ METHODS = {
     "rtn": "llmquant",
     "rtn-mse": "llmquant",
     **{f"llmquant-{quality}": "llmquant" for quality in QUALITIES},
+    "llmquant-fast-calibrated": "llmquant",
+    "llmquant-balanced-unchecked": "llmquant",
     **{f"own-{solver}": "llmquant" for solver in ("gptq", "gptaq", "adaround", "autoround", "hqq")},
     "gptqmodel": "gptqmodel",
     "llm-compressor-gptq": "llm-compressor",

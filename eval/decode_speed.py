@@ -3,6 +3,8 @@
     python eval/decode_speed.py                                   # Llama 3.1 8B, int4 in groups of 128, on a GPU
     python eval/decode_speed.py --tiny --device cpu --new-tokens 8
 
+With --quantize-blocks N also the time that `llmquant.quantize` takes for so many blocks of the same shape.
+
 Greedy decoding by `generate` with a static cache, which transformers compiles and turns into CUDA graphs on a GPU. The
 time of one new token is taken off, and with it the prompt's. The last line of stdout is one JSON object.
 """
@@ -11,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import llmquant
 from llmquant import formats
 from llmquant.linear import QuantLinear
 
@@ -50,14 +56,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--quantize-blocks", type=int, default=0, metavar="N", help="time quantizing so many blocks, too"
+    )
     parser.add_argument("--tiny", action="store_true", help="a model of two small blocks, to try this script")
     return parser.parse_args()
 
 
-def build(spec: str | None, args: argparse.Namespace) -> Any:
+def build(spec: str | None, args: argparse.Namespace, blocks: int = 0) -> Any:
     """A model of random weights: all linears but the head in a format, or none."""
     dtype = getattr(torch, args.dtype)
-    config = LlamaConfig(**(TINY | {"num_key_value_heads": 4} if args.tiny else LLAMA_8B), dtype=dtype)
+    shape = TINY | {"num_key_value_heads": 4} if args.tiny else LLAMA_8B
+    config = LlamaConfig(**(shape | {"num_hidden_layers": blocks} if blocks else shape), dtype=dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         for name, module in list(model.named_modules()):
@@ -110,10 +120,42 @@ def tokens_per_second(model: Any, batch: int, args: argparse.Namespace) -> float
     return batch * (args.new_tokens - 1) / median(times)
 
 
-@torch.inference_mode()
+def quantizing(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of whole runs, from checkpoint to checkpoint, on random weights and tokens: of a model in shape only."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "model"
+        build(None, args, blocks=args.quantize_blocks).save_pretrained(source)
+        vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+        tokens = torch.randint(vocabulary, (64, 512), generator=torch.Generator().manual_seed(0))
+        save_file({"tokens": tokens}, Path(folder) / "tokens.safetensors")
+        for quality, calibration in (("fast", None), ("balanced", str(Path(folder) / "tokens.safetensors"))):
+            start = time.perf_counter()
+            llmquant.quantize(
+                source, Path(folder) / quality, format=args.formats[0], quality=quality, calibration=calibration,
+                device=args.device, verify=False,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            found.append({"quality": quality, "blocks": args.quantize_blocks, "seconds": seconds})
+            print(
+                f"{quality}: {seconds:.1f} s for {args.quantize_blocks} blocks, embeddings and head copied", flush=True
+            )
+    return found
+
+
 def main() -> None:
     args = arguments()
-    results = []
+    with torch.inference_mode():
+        results = decoding(args)
+    device = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
+    facts = {"device": device, "torch": torch.__version__, "settings": vars(args), "results": results}
+    if args.quantize_blocks:
+        facts["quantizing"] = quantizing(args)
+    print(json.dumps(facts))
+
+
+def decoding(args: argparse.Namespace) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
     for spec in [None, *args.formats]:
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
@@ -127,8 +169,7 @@ def main() -> None:
             said = f"batch {batch:3}: {speed:9.1f} tokens/s, {ratio:.2f} times dense, {memory / 2**30:.2f} GiB"
             print(f"{spec or args.dtype:12} {said}", flush=True)
         del model
-    device = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(json.dumps({"device": device, "torch": torch.__version__, "settings": vars(args), "results": results}))
+    return results
 
 
 if __name__ == "__main__":

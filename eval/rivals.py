@@ -111,9 +111,9 @@ def spec(job: Job, convention: str = "sym_full") -> str:
     return ":".join(filter(None, [f"int{job.bits}", f"g{job.group}", tail]))
 
 
-def llmquant(job: Job, quality: str, *options: str, convention: str = "sym_full") -> Weights:
-    """The command line, in this process."""
-    from llmquant import hf
+def llmquant(job: Job, quality: str, *options: str, convention: str = "sym_full", calibrated: bool = False) -> Weights:
+    """The command line, in this process. calibrated: show it the tokens though the preset can do without."""
+    from llmquant import hf, pipeline  # noqa: F401  (imported before the clock starts, as the others are)
     from llmquant.cli import app
     from llmquant.recipe import QUALITIES
 
@@ -131,7 +131,7 @@ def llmquant(job: Job, quality: str, *options: str, convention: str = "sym_full"
             quality,
             "--json",
         ]
-        if QUALITIES[quality].calibrated:
+        if calibrated or QUALITIES[quality].calibrated:
             save_file({"tokens": torch.from_numpy(job.tokens)}, f"{folder}/tokens.safetensors")
             command += ["--calibration", f"{folder}/tokens.safetensors", "--samples", str(len(job.tokens))]
         command += ["--batch", str(BATCH), "--seed", str(job.seed), "--device", "cpu", "--dtype", "float32"]
@@ -327,6 +327,8 @@ def hqq(job: Job) -> Weights:
 # ---- one run
 
 METHODS: dict[str, Callable[[Job], Weights]] = {
+    "llmquant-fast-calibrated": lambda job: llmquant(job, "fast", calibrated=True),
+    "llmquant-balanced-unchecked": lambda job: llmquant(job, "balanced", "--no-calibration-check"),
     "rtn": lambda job: rtn(job, "minmax"),
     "rtn-mse": lambda job: rtn(job, "mse"),
     # Methods as published, by the code of this project; of its hqq, too, the zero point is real.
@@ -376,10 +378,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     names = json.loads(Path(args.layers).read_text())
     job = Job(args.model, np.load(args.tokens), *parse(args.format), args.seed, args.iterations, **names)
-    if args.method.startswith("llmquant-"):
-        weights = llmquant(job, args.method.removeprefix("llmquant-"))
-    else:
+    if args.method in METHODS:
         weights = METHODS[args.method](job)
+    else:
+        weights = llmquant(job, args.method.removeprefix("llmquant-"))
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}, args.output)
     print(json.dumps({**job.facts, "threads": torch.get_num_threads(), "versions": versions(args.method)}))
 

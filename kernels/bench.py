@@ -9,8 +9,9 @@ quantized runs alternate; a ratio is the median of pairs. The last line of stdou
 
     python kernels/bench.py --suite [--dry-run]   # on a GPU: all shapes, rows and kinds, beside other kernels
     python kernels/bench.py --tune                # on a GPU: the fastest settings of each, for llmquant_kernels/tuned
+    python kernels/bench.py --session [--dry-run] # on a GPU: ten minutes of what is wanted most, a whole model included
 
-Both check every product against float64 in results that were full of NaN, then time it in a CUDA graph that goes
+All check every product against float64 in results that were full of NaN, then time it in a CUDA graph that goes
 through more weights than the second-level cache holds. They write a JSON file.
 """
 
@@ -94,8 +95,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep-decoded", action="store_true", help="trade memory for speed on many rows")
     parser.add_argument("--suite", action="store_true", help="everything that is measured on a GPU")
     parser.add_argument("--tune", action="store_true", help="write the fastest settings for this GPU")
-    parser.add_argument("--dry-run", action="store_true", help="print what --suite or --tune would measure")
-    parser.add_argument("--output", type=Path, help="of --suite and --tune; by default named after the GPU")
+    parser.add_argument("--session", action="store_true", help="what is wanted most of a GPU, and a whole model")
+    parser.add_argument("--minutes", type=float, default=9, help="that --session may take")
+    parser.add_argument("--dry-run", action="store_true", help="print what --session, --suite or --tune would measure")
+    parser.add_argument("--output", type=Path, help="of --session, --suite and --tune; by default named after the GPU")
     return parser.parse_args()
 
 
@@ -186,7 +189,7 @@ def measure_kind(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 @torch.no_grad()
 def main() -> None:
     args = arguments()
-    if args.suite or args.tune:
+    if args.session or args.suite or args.tune:
         import bench_gpu
 
         bench_gpu.run(args)

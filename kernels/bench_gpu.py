@@ -1,8 +1,11 @@
-"""What `bench.py --suite` and `--tune` do on a GPU: check every product, then time it beside others.
+"""What `bench.py --session`, `--suite` and `--tune` do on a GPU: check every product, then time it beside others.
 
 A case is a kind of numbers, a shape (out, in) and a number of rows of activations. Its time is that of one product in
 a CUDA graph of as many different weights as fill the second-level cache three times, so every weight comes from
 memory. Its share is that of the bandwidth at which this GPU copies: bytes of the weight, of x and of y over the time.
+
+The session is all that a GPU is wanted for, most important first, until its minutes are over: every record is written
+when it is made, so what was cut off is what is missing.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ import datetime
 import itertools
 import json
 import math
+import os
 import subprocess
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,11 +25,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+import bench_rivals
 import llmquant_kernels
 from llmquant_kernels.triton_layout import Spec
 from llmquant_kernels.triton_settings import BUCKETS, TUNED, Device, Settings, heuristic, key, legal, slug
@@ -48,35 +56,176 @@ def cases(args: Namespace) -> list[Case]:
     return [Case(*case) for case in itertools.product(names, SHAPES, rows)]
 
 
+def session_cases() -> list[Case]:
+    """Most wanted first: int4 at the shapes of the targets, then each family of numbers, then the other shapes."""
+    first = [Case("int4", shape, m) for shape in SHAPES[:2] for m in (1, 16, 64)]
+    families = ("mxfp4", "nvfp4", "nf4", "kmeans4", "int3", "int2", "int8", "mxfp8_e4m3", "mx6", "ternary")
+    first += [Case(kind, SHAPES[1], m) for kind in families for m in (1, 16)]
+    first += [Case("int4", shape, m) for shape in SHAPES[2:] for m in (1, 16, 64, 256, 2048)]
+    first += [Case("int4", shape, m) for shape in SHAPES[:2] for m in (2, 4, 8, 32, 128, 256, 2048)]
+    return sorted(
+        first, key=lambda case: first.index(Case(case.kind, case.shape, 1))
+    )  # a shape's weights are made once
+
+
+class Journal:
+    """The file of a run, written anew with every record."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path, self.content = path, content
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def note(self, part: str, record: Any) -> None:
+        """Add to a list, and to the disk."""
+        self.content.setdefault(part, []).append(record)
+        self.write()
+
+    def write(self) -> None:
+        partial_path = self.path.with_suffix(".partial")
+        partial_path.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial_path, self.path)
+
+
 def run(args: Namespace) -> None:
     """Measure all cases and write them; or say which there are."""
-    plan = cases(args)
+    plan = session_cases() if args.session else cases(args)
     if args.dry_run:
-        for (kind, shape), group in itertools.groupby(plan, lambda case: case[:2]):
-            print(f"{kind} {shape[0]}x{shape[1]}, rows " + " ".join(str(case.rows) for case in group))
-        print(f"{len(plan)} cases")
+        dry_run(args, plan)
         return
     if not torch.cuda.is_available():
-        raise SystemExit("--suite and --tune need a GPU; --dry-run says what they would do")
-    records: list[dict[str, Any]] = []
+        raise SystemExit("--session, --suite and --tune need a GPU; --dry-run says what they would do")
+    deadline = time.monotonic() + 60 * args.minutes if args.session else math.inf
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copies at {bandwidth / 1e12:.2f} TB/s", flush=True)
+    name = slug(torch.cuda.get_device_name())
+    default = TUNED / f"{name}.json" if args.tune else RESULTS / f"{name}-{datetime.date.today()}.json"
+    journal = Journal(args.output or default, {**circumstances(), "copy_bytes_per_second": bandwidth})
+    if args.session:
+        session(args, plan, journal, bandwidth, deadline)
+    else:
+        for record in records_of(args, plan, bandwidth, deadline):
+            if args.tune:
+                journal.content.setdefault("settings", {})[record["key"]] = record["settings"]
+            journal.note("records", record)
+    if not args.tune:
+        print(table(journal.content.get("records", [])))
+        plot(journal.content.get("records", []), journal.path.with_suffix(".svg"))
+    print(f"written: {journal.path}")
+
+
+def records_of(args: Namespace, plan: Sequence[Case], bandwidth: float, deadline: float) -> Iterator[dict[str, Any]]:
+    """One for each case until the deadline; what raises is a record too."""
     for (kind, shape), group in itertools.groupby(plan, lambda case: case[:2]):
+        if time.monotonic() > deadline:
+            return
         subject = Subject(args, kind, shape)
         for case in group:
-            records.append(tune(subject, case) if args.tune else measure(subject, case, bandwidth))
-            print(line(records[-1]), flush=True)
-    name = slug(torch.cuda.get_device_name())
-    if args.tune:
-        path = args.output or TUNED / f"{name}.json"
-        content = {**circumstances(), "settings": {record["key"]: record["settings"] for record in records}}
-    else:
-        path = args.output or RESULTS / f"{name}-{datetime.date.today()}.json"
-        content = {**circumstances(), "copy_bytes_per_second": bandwidth, "records": records}
-        print(table(records))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written: {path}")
+            if time.monotonic() > deadline:
+                return
+            try:
+                record = tune(subject, case) if args.tune else measure(subject, case, bandwidth)
+                print(line(record), flush=True)
+            except Exception as error:  # the next case may do
+                record = {**case._asdict(), "failed": f"{type(error).__name__}: {error}"[:500]}
+                print(record, flush=True)
+            yield record
+        del subject
+        torch.cuda.empty_cache()
+
+
+def session(args: Namespace, plan: Sequence[Case], journal: Journal, bandwidth: float, deadline: float) -> None:
+    """A third of the time for kernels beside others, then the experiment, the model, and the rest of the kernels."""
+    start = time.monotonic()
+    records = records_of(args, plan, bandwidth, deadline)
+    for record in records:
+        journal.note("records", record)
+        if time.monotonic() - start > (deadline - start) / 3:
+            break
+    for record in first_experiment(args, bandwidth):
+        journal.note("experiment", record)
+    # A model in a process of its own, so that no more than its time is lost.
+    script = Path(__file__).parents[1] / "eval" / "decode_speed.py"
+    left = max(60.0, (deadline - time.monotonic()) * 2 / 3)
+    command = [sys.executable, str(script), "--runs", "3", "--new-tokens", "64", "--quantize-blocks", "2"]
+    torch.cuda.empty_cache()
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        print(found.stdout, flush=True)
+        said = [text for text in found.stdout.splitlines() if text.startswith("{")]
+        journal.note("model", [json.loads(text) for text in said] or {"failed": found.stderr[-2000:]})
+    except subprocess.TimeoutExpired as error:
+        out = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        journal.note("model", {"failed": f"cut off after {left:.0f} s", "said": out[-4000:]})
+    for record in records:
+        journal.note("records", record)
+
+
+def dry_run(args: Namespace, plan: Sequence[Case]) -> None:
+    """What would be measured, and which of the others are there."""
+    for (kind, shape), group in itertools.groupby(plan, lambda case: case[:2]):
+        print(f"{kind} {shape[0]}x{shape[1]}, rows " + " ".join(str(case.rows) for case in group))
+    if args.session:
+        for m, name, settings, decode in variants(Spec.of(DRY_SPEC), Device()):
+            print(f"experiment, rows {m}: {name}, {settings}, {decode}")
+        print("model: eval/decode_speed.py, in a process of its own")
+    if not args.tune:
+        print("beside: " + ", ".join(f"{name} {found}" for name, found in bench_rivals.versions().items()))
+    print(f"{len(plan)} cases")
+
+
+DRY_SPEC = "14336|4096|128|128|int4|bf16|2|8.0|0"
+
+
+def variants(spec: Spec, device: Device) -> Iterator[tuple[int, str, Settings, str]]:
+    """(rows, name, settings, decoding) of the first experiment: decoding by assembly or plainly, scales before or after
+    the product, the tile, and the product by weights decoded to memory. Each pair differs in one thing."""
+    tiles = {
+        1: [("gemv", 8, 16, 4), ("gemv", 8, 16, 8), ("gemv", 8, 32, 4), ("gemm", 16, 64, 4)],
+        16: [("gemv", 16, 32, 8), ("gemm", 16, 64, 4), ("gemm", 16, 128, 4), ("gemm", 16, 256, 8)],
+        64: [("gemm", 64, 128, 8), ("gemm", 64, 256, 8)],
+    }
+    for m, kinds in tiles.items():
+        yield m, "dense", Settings("dense"), "memory"
+        for kernel, bm, bn, warps in kinds:
+            count = -(-spec.rows // bn) * -(-m // bm)
+            split = max(1, min(spec.steps // 2, -(-2 * device.processors // count))) if kernel == "gemm" else 1
+            for scaled in (False, True) if kernel == "gemm" else (False,):
+                settings = legal(Settings(kernel, bm, bn, split, warps, 3, scaled), spec, device)
+                yield m, f"{kernel} {bn}x{bm} w{warps}{' scaled' * scaled}", settings, "assembly"
+            yield (
+                m,
+                f"{kernel} {bn}x{bm} w{warps}",
+                legal(Settings(kernel, bm, bn, split, warps), spec, device),
+                "plain",
+            )
+
+
+def first_experiment(args: Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """How int4 is best decoded and multiplied, 14336x4096: the times of all variants that give the right result.
+
+    First of all it says whether assembly and its plain twin agree in every bit: the decoding rests on a multiplication
+    of bfloat16 numbers that keeps subnormal ones.
+    """
+    from llmquant_kernels import triton_ops
+
+    subject = Subject(args, "int4", SHAPES[1])
+    decoded = subject.prepared[0].decode()
+    with patch.object(triton_ops, "_interpreted", lambda: True):
+        yield {"name": "assembly is its twin", "equal": bool(torch.equal(decoded, subject.prepared[0].decode()))}
+    for m, name, settings, decoding in variants(subject.spec, triton_ops.device_of(torch.device(subject.device))):
+        x = subject.activations(m)
+        record: dict[str, Any] = {"rows": m, "name": name, "decoding": decoding, "settings": settings._asdict()}
+        with patch.object(triton_ops, "_interpreted", lambda plain=decoding == "plain": plain):
+            try:
+                record["error"] = check(subject, x, settings)
+                spec = subject.spec
+                calls = [partial(triton_ops.launch, x, parts(own), None, spec, settings) for own in subject.prepared]
+                seconds = graph_seconds(calls)
+                record |= {"microseconds": 1e6 * seconds, "bandwidth": subject.weight_bytes / seconds / bandwidth}
+            except Exception as error:
+                record["failed"] = f"{type(error).__name__}: {error}"[:500]
+        print(record, flush=True)
+        yield record
 
 
 class Subject:
@@ -140,13 +289,7 @@ def measure(subject: Subject, case: Case, bandwidth: float) -> dict[str, Any]:
     error = check(subject, x, settings)
     seconds = graph_seconds([partial(llmquant_kernels.linear, x, own) for own in subject.prepared])
     moved = subject.weight_bytes + x.element_size() * (x.numel() + case.rows * case.shape[0])
-    others: dict[str, Any] = {}
-    for name, make in RIVALS.items():
-        try:
-            calls = make(subject, case, x)
-            others[name] = None if calls is None else 1e6 * graph_seconds(calls)
-        except Exception as error_there:  # what others refuse is a result too
-            others[name] = f"{type(error_there).__name__}: {error_there}"[:200]
+    others, errors = beside(case, x, subject.device)
     return {
         **case._asdict(),
         "microseconds": 1e6 * seconds,
@@ -155,7 +298,26 @@ def measure(subject: Subject, case: Case, bandwidth: float) -> dict[str, Any]:
         "error": error,
         "settings": settings._asdict(),
         "others": others,
+        "errors_of_others": errors,
     }
+
+
+def beside(case: Case, x: Tensor, device: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """({rival: microseconds, or why there are none}, {rival: error of its result against float64})."""
+    size = case.shape[0] * case.shape[1]
+    task = bench_rivals.Task(case.kind, case.shape, copies(size // 2, device), copies(size * x.element_size(), device))
+    times: dict[str, Any] = {}
+    errors: dict[str, float] = {}
+    for name, make in bench_rivals.ADAPTERS.items():
+        try:
+            calls, exact = make(task, x)
+            errors[name] = error_of(calls[0](), x, exact)
+            times[name] = 1e6 * graph_seconds(calls)
+        except bench_rivals.Skipped as reason:
+            times[name] = f"skipped: {reason}"
+        except Exception as error:  # what others refuse is a result too
+            times[name] = f"{type(error).__name__}: {error}"[:200]
+    return times, errors
 
 
 def settings_here(subject: Subject, rows: int) -> Settings:
@@ -240,63 +402,6 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / graph_seconds([lambda: target.copy_(source)])
 
 
-# ---- other kernels: the calls of one graph, None where they have no such numbers
-
-Calls = Sequence[Callable[[], Tensor]] | None
-
-
-def cublas(subject: Subject, case: Case, x: Tensor) -> Calls:
-    size = case.shape[0] * case.shape[1] * x.element_size()
-    dense = [subject.exact.to(x.dtype).clone() for _ in range(copies(size, subject.device))]
-    return [partial(functional.linear, x, w) for w in dense]
-
-
-def tinygemm(subject: Subject, case: Case, x: Tensor) -> Calls:
-    """torch's own int4. Random codes: only the time is wanted."""
-    out, columns = case.shape
-    if case.kind != "int4" or x.dtype != torch.bfloat16 or columns % 128 or out % 8:
-        return None
-    weights = []
-    for _ in subject.prepared:
-        codes = torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8, device=x.device)
-        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-        weights.append((packed, torch.randn(columns // 128, out, 2, dtype=x.dtype, device=x.device)))
-    return [partial(torch.ops.aten._weight_int4pack_mm, x, codes, 128, grid) for codes, grid in weights]
-
-
-def bitsandbytes(subject: Subject, case: Case, x: Tensor) -> Calls:
-    if case.kind != "nf4" or find_spec("bitsandbytes") is None:
-        return None
-    module = import_module("bitsandbytes")
-    quantize = import_module("bitsandbytes.functional").quantize_4bit
-    weights = []
-    for _ in subject.prepared:
-        w = torch.randn(case.shape, dtype=x.dtype, device=x.device)
-        weights.append(quantize(w, blocksize=64, quant_type="nf4"))
-    return [partial(module.matmul_4bit, x, codes.t(), quant_state=state) for codes, state in weights]
-
-
-def torchao(subject: Subject, case: Case, x: Tensor) -> Calls:
-    if case.kind not in ("int4", "int8") or find_spec("torchao") is None:
-        return None
-    module = import_module("torchao.quantization")
-    config = module.Int4WeightOnlyConfig(group_size=128) if case.kind == "int4" else module.Int8WeightOnlyConfig()
-    layers = []
-    for _ in subject.prepared:
-        layer = torch.nn.Linear(case.shape[1], case.shape[0], bias=False, dtype=x.dtype, device=x.device)
-        module.quantize_(layer, config)
-        layers.append(layer)
-    return [partial(layer, x) for layer in layers]
-
-
-RIVALS: dict[str, Callable[[Subject, Case, Tensor], Calls]] = {
-    "cublas": cublas,
-    "tinygemm": tinygemm,
-    "torchao": torchao,
-    "bitsandbytes": bitsandbytes,
-}
-
-
 # ---- what is written
 
 
@@ -310,14 +415,10 @@ def circumstances() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
-        "others": {name: module_version(name) for name in RIVALS if find_spec(name) is not None},
+        "others": bench_rivals.versions(),
         "commit": commit or None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def module_version(name: str) -> str:
-    return str(getattr(import_module(name), "__version__", "unknown"))
 
 
 def line(record: dict[str, Any]) -> str:
@@ -334,6 +435,7 @@ def line(record: dict[str, Any]) -> str:
 
 def table(records: list[dict[str, Any]], rival: str = "cublas") -> str:
     """Speed-up over `rival` by rows, a line for each kind and shape; "-" where it was not measured."""
+    records = [record for record in records if "failed" not in record]
     rows = sorted({record["rows"] for record in records})
     lines = [f"| speed-up over {rival} | " + " | ".join(str(m) for m in rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for kind, shape in dict.fromkeys((record["kind"], tuple(record["shape"])) for record in records):
@@ -344,3 +446,25 @@ def table(records: list[dict[str, Any]], rival: str = "cublas") -> str:
             cells.append(f"{other / own[0]['microseconds']:.2f}" if isinstance(other, float) else "-")
         lines.append(f"| {kind} {shape[0]}x{shape[1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Share of the bandwidth against rows of x, a line for each kind and shape. Needs matplotlib."""
+    records = [record for record in records if "failed" not in record]
+    if find_spec("matplotlib") is None or not records:
+        print("no picture: " + ("nothing was measured" if not records else "matplotlib is not installed"))
+        return
+    import_module("matplotlib").use("Agg")
+    pyplot = import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for kind, shape in dict.fromkeys((record["kind"], tuple(record["shape"])) for record in records):
+        own = sorted(
+            (record["rows"], 100 * record["share"])
+            for record in records
+            if (record["kind"], tuple(record["shape"])) == (kind, shape)
+        )
+        axes.plot([m for m, _ in own], [share for _, share in own], marker="o", label=f"{kind} {shape[0]}x{shape[1]}")
+    axes.set(xscale="log", xlabel="rows of activations", ylabel="share of the bandwidth of a copy, %")
+    axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -14,6 +14,7 @@ from llmquant import metrics, pipeline, text
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.description import describe
 from llmquant.errors import PlanError
+from llmquant.job import Budget
 from llmquant.matrices import loader_of
 from llmquant.recipe import QUALITIES, Quality, Recipe
 
@@ -23,10 +24,12 @@ def quantize(
     output: str | Path,
     *,
     format: str | Recipe = "int4:g128",
+    budget: Budget | None = None,
     quality: str = "balanced",
     solver: str = "auto",
     rotate: str = "none",
     calibration: str | None = None,
+    calibration_check: bool = True,
     samples: int | None = None,
     length: int | None = None,
     batch: int = 8,
@@ -43,13 +46,15 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a model into a folder that `llmquant.load` loads. Returns what the folder's llmquant.json says.
 
-    model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe;
-    quality: fast, balanced or best; solver: a method by name instead, for a format by name; rotate: none, value or
-    residual; calibration: "self" (the model's own samples), a file or a dataset id; samples, length: windows and
-    tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by default the model's own;
-    offload: a folder for the hidden states of calibration; max_memory: bytes, beyond which the plan is refused;
-    verify: compare the result with the original before it gets its name; report: whether README.md and report.html
-    are written; progress(what, done, total) is called now and then.
+    model: a folder with config.json and safetensors, or a hub id; format: the name of one, or a Recipe; budget: have
+    the format of every matrix chosen instead, but for what rules before a recipe's last one say; quality: fast,
+    balanced or best; solver: a method by name instead, for a format by name; rotate: none, value, residual, or auto,
+    which tries them; calibration: "self" (the model's own samples), a file or a dataset id; calibration_check: whether
+    half of it gives way to the model's own samples where it is not the kind of text that the model was made for;
+    samples, length: windows and tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by
+    default the model's own; offload: a folder for the hidden states of calibration; max_memory: bytes, beyond which the
+    plan is refused; verify: compare the result with the original before it gets its name; report: whether README.md and
+    report.html are written; progress(what, done, total) is called now and then.
 
     A run that was cut is taken up again by the same call. Raises the LlmquantError that says what is wrong, before any
     work wherever that can be known.
@@ -73,6 +78,7 @@ def quantize(
         format if isinstance(format, Recipe) else Recipe.uniform(format, solver=solver),
         quality=quality,
         calibration=calibration,
+        calibration_check=calibration_check,
         samples=samples,
         length=length,
         batch=batch,
@@ -80,6 +86,7 @@ def quantize(
         device=device,
         dtype=dtype,
         rotate=rotate,
+        budget=budget,
         trust_remote_code=trust_remote_code,
     )
     prepared = pipeline.prepare(
@@ -91,7 +98,7 @@ def quantize(
         progress=progress,
     )
     manifest = pipeline.quantize(prepared, Path(output), overwrite=overwrite, verify=verify, progress=progress)
-    if report:
+    if report and prepared.ranks.first:
         describe(Path(output))
     return manifest
 
@@ -136,6 +143,7 @@ def job_for(
     *,
     quality: str,
     calibration: str | None,
+    calibration_check: bool,
     samples: int | None,
     length: int | None,
     batch: int,
@@ -143,13 +151,14 @@ def job_for(
     device: str | None,
     dtype: torch.dtype | None,
     rotate: str,
+    budget: Budget | None,
     trust_remote_code: bool,
 ) -> pipeline.Job:
     """The words of a user as a job; torch's random numbers start at the seed. Raises PlanError for unknown quality."""
     if quality not in QUALITIES:
         raise PlanError(f"quality {quality!r} is unknown: choose one of {', '.join(QUALITIES)}")
     preset = QUALITIES[quality]
-    shown = calibration_for(preset, calibration, samples, length, batch)
+    shown = calibration_for(preset, calibration, calibration_check, samples, length, batch)
     torch.manual_seed(seed)
     return pipeline.Job(
         model,
@@ -161,17 +170,18 @@ def job_for(
         tuning=preset.tuning,
         trust_remote_code=trust_remote_code,
         rotate=rotate,
+        budget=budget,
     )
 
 
 def calibration_for(
-    preset: Quality, source: str | None, samples: int | None, length: int | None, batch: int
+    preset: Quality, source: str | None, check: bool, samples: int | None, length: int | None, batch: int
 ) -> pipeline.Calibration | None:
     """What a preset shows to the model."""
     if not preset.calibrated and source is None:
         return None
     windows = samples or (128 if preset.calibrated else 16)
-    return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature)
+    return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature, check=check)
 
 
 def default_device() -> str:

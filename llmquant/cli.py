@@ -1,9 +1,9 @@
-"""The command line: one verb, one call. What reads finished folders is in cli_check.py and cli_exchange.py."""
+"""The command line: one verb, one call. What reads finished folders is in cli_check.py and cli_exchange.py; what
+trains, in cli_train.py."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from functools import partial
@@ -14,13 +14,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from llmquant import cli_check, cli_exchange
-from llmquant.card import alike, tuned, verified
+from llmquant import cli_check, cli_exchange, cli_train
+from llmquant.card import alike, allocated, fitted, tuned, turned, verified
+from llmquant.cli_budget import budget_of, short
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
     JsonOption,
     ModelArgument,
     TrustOption,
+    bytes_named,
     dtype_named,
     duration,
     notes,
@@ -28,6 +30,7 @@ from llmquant.cli_common import (
     print_lines,
     progress_bar,
     size,
+    speaks,
 )
 from llmquant.errors import LlmquantError, PlanError
 from llmquant.phases import overhead
@@ -35,7 +38,8 @@ from llmquant.phases import overhead
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 wrong command line; 3 the model cannot be read; 4 the plan cannot be "
     "carried out; 5 the output folder cannot be used; 6 calibration or evaluation text cannot be used; 7 verification "
-    "failed; 8 done, but numbers went wrong in places, and the summary says what was done about it; 130 interrupted."
+    "failed; 8 done, but numbers went wrong in places, and the summary says what was done about it; 9 another process "
+    "of the same job is gone; 130 interrupted."
 )
 app = typer.Typer(
     help="Quantize the weights of a large language model, load it, and measure what was lost.",
@@ -54,7 +58,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LlmquantError as error:
-        notes.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        if speaks(str(error)):
+            notes.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -67,11 +72,22 @@ def main() -> None:
 def quantize(
     model: ModelArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write [MODEL-FORMAT].")] = None,
-    bits: Annotated[int, typer.Option(help="Bits of an integer weight, 2 to 8.")] = 4,
-    group: Annotated[str, typer.Option(help="Columns that share a scale; or channel, or tensor.")] = "128",
+    bits: Annotated[int | None, typer.Option(help="Bits of an integer weight, 2 to 8 [4].")] = None,
+    group: Annotated[str | None, typer.Option(help="Columns that share a scale; or channel, or tensor [128].")] = None,
     asym: Annotated[bool, typer.Option("--asym/--sym", help="With a zero point, or without.")] = False,
     format: Annotated[str | None, typer.Option(help="A format by name instead, such as int4:g128:asym.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="JSON rules instead: what gets which format.")] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Choose a format for every matrix instead: bits a weight, all counted.")
+    ] = None,
+    target_size: Annotated[str | None, typer.Option(help="The same, for all weights of the result, as 5GB.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="The same, for the smallest size with this KL, in nats.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Formats to choose from [int2:g64,int3:g64,...,int6:g64,int8:g128].")
+    ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="How it is found out what a format costs a matrix: kl, fisher, hessian [by size].")
+    ] = "auto",
     skip: Annotated[
         list[str] | None, typer.Option(help="Modules to keep dense, such as *.down_proj. Repeatable.")
     ] = None,
@@ -89,7 +105,11 @@ def quantize(
         str | None, typer.Option(help="Range rule: search, minmax, percentile, mse or kl [the solver's own].")
     ] = None,
     rotate: Annotated[
-        str, typer.Option(help="Fold random rotations into the weights: none, value (of heads), residual (these too).")
+        str,
+        typer.Option(
+            help="Fold random rotations into the weights: none, value (of heads), residual (these too), or auto: the "
+            "best in a trial."
+        ),
     ] = "none",
     calibration: Annotated[
         str | None,
@@ -98,6 +118,14 @@ def quantize(
             ".safetensors with an int64 tensor named tokens, (windows, length) [self]."
         ),
     ] = None,
+    no_calibration_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-calibration-check",
+            help="Take text as it is, also where it is not of the kind that the model was made for; half of it is the "
+            "model's own samples then, otherwise.",
+        ),
+    ] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
     batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
@@ -133,7 +161,8 @@ def quantize(
     import torch
     from transformers.utils import logging
 
-    from llmquant import api, pipeline
+    from llmquant import api, pipeline, ranks
+    from llmquant.allocate import assignments
     from llmquant.description import describe
     from llmquant.exchange.export import check, export
     from llmquant.exchange.model import Matrix, Model
@@ -142,15 +171,21 @@ def quantize(
 
     logging.disable_progress_bar()  # there is one of our own
 
+    budget = budget_of(target_bpw, target_size, max_kl, formats, sensitivity)
+    if budget is not None and (named := [bits, group, format, asym or None]) != [None] * len(named):
+        raise PlanError("a format beside a budget, which chooses one for every matrix: give candidates with --formats")
+    group = group or "128"
     granularity = f"g{group}" if group.isdecimal() else group
-    spec = format or f"int{bits}:{granularity}" + (":asym" if asym else "")
+    spec = budget.formats[0] if budget else format or f"int{bits or 4}:{granularity}" + (":asym" if asym else "")
     rules = Recipe.read(recipe) if recipe else Recipe.uniform(spec, skip=tuple(skip or ()), clip=clip, solver=solver)
-    folder = output or Path(f"{Path(model).name}-{recipe.stem if recipe else spec.replace(':', '-')}")
+    named_by = recipe.stem if recipe else short(budget) if budget else spec.replace(":", "-")
+    folder = output or Path(f"{Path(model).name}-{named_by}")
     job = api.job_for(
         model,
         rules,
         quality=quality,
         calibration=calibration,
+        calibration_check=not no_calibration_check,
         samples=samples,
         length=length,
         batch=batch,
@@ -158,36 +193,45 @@ def quantize(
         device=device,
         dtype=dtype_named(dtype),
         rotate=rotate,
+        budget=budget,
         trust_remote_code=trust_remote_code,
     )
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json or not speaks()) as progress:
         prepared = pipeline.prepare(
             job,
             folder,
             overwrite=overwrite,
             offload=offload_activations,
-            max_memory=_bytes(max_memory),
+            max_memory=bytes_named(max_memory),
             progress=progress,
         )
+    first = prepared.ranks.first
     if text and not prepared.model.causal:
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     exported = folder.with_name(f"{folder.name}-{to}")
     if to is not None:
-        matrices = tuple(Matrix(row.target, row.key, row.format) for row in prepared.plan.rows)
-        check(Model(prepared.checkpoint, prepared.checkpoint.config(), prepared.model.model, matrices), to)
-        check_usable(exported, overwrite=overwrite)
+        for rows in assignments(prepared):
+            matrices = tuple(Matrix(row.target, row.key, row.format) for row in rows)
+            check(Model(prepared.checkpoint, prepared.checkpoint.config(), prepared.model.model, matrices), to)
+        if first:
+            check_usable(exported, overwrite=overwrite)
     if dry_run:
-        _print_plan(prepared.plan, as_json)
+        if first:
+            _print_plan(prepared.plan, as_json)
         return
     # Before the work, so that a text that cannot be used is not found out after it.
-    evaluation = text and api.evaluation_windows(model, text, "documents", None, None, trust_remote_code)
+    evaluation = first and text and api.evaluation_windows(model, text, "documents", None, None, trust_remote_code)
     start = time.monotonic()
     try:
-        with progress_bar(as_json) as progress:
+        with progress_bar(as_json or not first) as progress:
             manifest = pipeline.quantize(prepared, folder, overwrite=overwrite, verify=not no_verify, progress=progress)
     except KeyboardInterrupt:
-        notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
+        if first:
+            notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
         raise
+    ranks.leave()
+    if not first:
+        return
     summary = _summary(manifest, folder, time.monotonic() - start)
     if to is not None:
         said = export(folder, exported, to, overwrite=overwrite)
@@ -201,17 +245,6 @@ def quantize(
     _print_summary(summary, manifest, as_json)
     if manifest["recoveries"]:
         raise typer.Exit(RECOVERED)
-
-
-def _bytes(size: str | None) -> int | None:
-    """A number of bytes, with a unit or without."""
-    if size is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", size.strip(), re.ASCII)
-    if found is None or len(size) > 20:
-        raise PlanError(f"--max-memory {size!r}: give bytes, as 4GiB, 500MB or 4000000000")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
@@ -249,7 +282,8 @@ def _print_alike(what: str, found: list[tuple[str, str]]) -> None:
 def _summary(manifest: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", "kept_dense")}
     summary = {"output": str(folder), "seconds": round(seconds, 2), **facts}
-    summary |= {key: manifest[key] for key in ("recoveries", "experts") if manifest.get(key)}
+    noted = ("recoveries", "experts", "allocation", "calibration_fit", "rotation")
+    summary |= {key: manifest[key] for key in noted if manifest.get(key)}
     summary |= {"phases": manifest["phases"], "overhead": overhead(manifest["phases"]), "behind": manifest["behind"]}
     if "verification" in manifest:
         summary["verification"] = {key: value for key, value in manifest["verification"].items() if key != "blocks"}
@@ -266,8 +300,14 @@ def _print_summary(summary: dict[str, Any], manifest: dict[str, Any], as_json: b
     for tensor in worst:
         table.add_row(tensor["name"], tensor["format"], f"{tensor.get(measure, 0.0):.4f}")
     out.print(table)
+    if allocation := manifest.get("allocation"):
+        print_lines([f"formats chosen {allocated(allocation)}"])
     if decisions := _decisions(manifest):
         out.print(f"steps kept: {decisions}", highlight=False, soft_wrap=True)
+    if fit := manifest.get("calibration_fit"):
+        out.print(f"calibration text: {fitted(fit)}", highlight=False, soft_wrap=True)
+    if rotation := manifest.get("rotation"):
+        out.print(f"rotation: {turned(rotation)}", highlight=False, soft_wrap=True)
     if scaled := manifest["scaled"]:
         out.print(f"scales moved in {len(scaled)} places", highlight=False)
     if tuning := manifest.get("tuning"):
@@ -354,7 +394,7 @@ colons, in any order; scale types are fp16, bf16 and fp32, by default that of th
   nvfp4, mx4, mx6, mx9     none"""
 
 app.command("eval")(cli_check.evaluate)
-for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS):
+for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS, *cli_train.COMMANDS):
     app.command()(command)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +50,15 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
         yield report
 
 
+def speaks(failure: str | None = None) -> bool:
+    """Whether this process talks to the user, where torchrun has started several: the first, or of a failure one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from llmquant import ranks
+
+    return os.environ.get("RANK", "0") == "0" if failure is None else ranks.speaks(failure)
+
+
 def dtype_named(name: str | None) -> Any:
     import torch
 
@@ -69,3 +80,14 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def bytes_named(size: str | None, option: str = "--max-memory") -> int | None:
+    """A number of bytes, with a unit or without. Raises PlanError."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", size.strip(), re.ASCII)
+    if found is None or len(size) > 20:
+        raise PlanError(f"{option} {size!r}: give bytes, as 4GiB, 500MB or 4000000000")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))

@@ -2,7 +2,8 @@
 
 Memory counts what cannot be dropped and read again: pages of the checkpoint's files are not in it. Every part is what
 the code that needs it holds at its peak; the parts that follow one another do not add up. Time is scaled up from three
-short measurements on the machine: fitting a format, a product in float32, one in the model's type.
+short measurements on the machine: fitting a format, a product in float32, one in the model's type. They count this
+thread's time, so the estimate is that of a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SQUARES = 7  # matrices (in, in) in float32: the two sums, the damped one, and t
 JUDGED = 1 / 8  # share of the windows that are held out
 CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
+TRIED = 14 * 64  # tokens that go through a block in float32 to find where scales can be moved
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
 
 
@@ -58,17 +60,20 @@ class Work:
     """What is done besides reading and writing weights. tokens 0: no calibration.
 
     batch: tokens that go through a block at once; curvature: the share of the tokens over which a backward pass goes;
-    sampled: whether the model writes the tokens; tuning: steps of end-to-end tuning, and means, how it is done;
-    offload: hidden states on disk.
+    sampled: whether the model writes the tokens; checked: tokens of text that are looked at before; tuning: steps of
+    end-to-end tuning, and means, how it is done; offload: hidden states on disk; ranks: processes, which share the
+    tokens.
     """
 
     tokens: int = 0
     batch: int = 0
     curvature: float = 0.0
     sampled: bool = False
+    checked: int = 0
     tuning: int = 0
     means: Means | None = None
     offload: bool = False
+    ranks: int = 1
 
 
 def of_blocks(rows: Sequence[Row]) -> list[list[Row]]:
@@ -83,10 +88,12 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     largest = max(row.weights for row in rows)
     packed = max(sum(row.nbytes for row in block) for block in blocks)
     dense = max(sum(row.weights for row in block) for block in blocks) * model.dtype.itemsize
-    rounding = 12 * largest + packed + (outside if blocks[-1] else 0)  # float32, searched in pieces, and codes
+    codes = max(sum(row.weights for row in block) for block in blocks)
+    writing = codes + packed + 8 * largest  # a block beside the one that is solved: packed, read back and unpacked
+    rounding = 12 * largest + codes + (outside if blocks[-1] else 0)  # float32, searched in pieces
     check = 8 * largest + dense
     if not work.tokens:
-        return BASE + max(rounding, check)
+        return BASE + max(rounding + writing, check)
     width, hidden = max(row.target.shape[1] for row in rows), text_config(model.config).hidden_size
     tokens = 4 * hidden * HELD + 2 * 4 * width * HELD  # held out of the sums: two streams of inputs, and the debt
     passing = work.batch * (2 * 4 * width + 8 * hidden * model.dtype.itemsize)  # inputs in float32, both streams
@@ -96,15 +103,16 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     curves = 0
     if work.curvature:
         curves = sum(4 * 32 * row.target.shape[0] for row in rows)  # G in blocks of 32, of every matrix
-    states = 0 if work.offload else 2 * work.tokens * hidden * model.dtype.itemsize
+    share = -(-work.tokens // work.ranks)
+    states = 0 if work.offload else 2 * share * hidden * model.dtype.itemsize
     backward = 0
     if work.curvature and not work.offload:
-        backward = int(work.curvature * work.tokens) * (len(blocks) + 1) * hidden * model.dtype.itemsize
+        backward = int(work.curvature * share) * (len(blocks) + 1) * hidden * model.dtype.itemsize
     backward += 4 * work.batch * sum(sum(row.target.shape) for row in blocks[0]) if work.curvature else 0
     tuning = outside + work.means.nbytes if work.means else 0
     together = max(_together([row for row in block if row.rule.solver in TUNERS], work.batch) for block in blocks)
-    solving += together + (work.tokens * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
-    return BASE + curves + max(rounding, check, solving + passing + states, backward, tuning)
+    solving += together + (share * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
+    return BASE + curves + max(rounding + writing, check, solving + writing + passing + states, backward, tuning)
 
 
 def _together(rows: list[Row], tokens: int) -> int:
@@ -144,12 +152,14 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     # Twice forward, once back, which is as dear without gradients of weights; both ways through the head.
     passes += 3 * work.curvature
     low_operations = 2 * work.tokens * passing * passes + 2 * 3 * work.curvature * work.tokens * head
+    low_operations += 2 * work.checked * (passing + head)
     low_operations += 2 * SLEEP * work.tokens * (passing + head) if work.sampled else 0
     low_operations += 2 * 3 * work.tuning * work.batch * passing
     high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)
     high_operations *= 2 * 2 * work.tokens / 2  # two inputs are shared
     high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
-    return total + low * low_operations + flop(torch.float32) * high_operations
+    high_operations += 2 * TRIED * weights
+    return total + (low * low_operations + flop(torch.float32) * high_operations) / work.ranks
 
 
 def _share(model: StreamedModel, row: Row) -> float:
@@ -188,7 +198,7 @@ def _fitting(rows: Sequence[Row]) -> float:
             def fit(w: torch.Tensor = w, row: Row = row, clip: Any = clip) -> object:
                 return SOLVERS["rtn"](w, None, row.format, clip=clip)
 
-            measured[known] = _timed(fit, 1) / w.numel()
+            measured[known] = _timed(fit, 2) / w.numel()
         total += measured[known] * row.weights * (2 if row.rule.solver in CALIBRATED else 1)
     return total
 
@@ -200,10 +210,10 @@ def flop(dtype: torch.dtype) -> float:
 
 
 def _timed(work: Callable[[], object], repeats: int) -> float:
-    """The shortest time of a few, in seconds: the first has more to do, and others disturb."""
+    """The shortest time of a few, in seconds of this thread: the first has more to do, and others disturb."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.thread_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     return min(times)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +17,10 @@ from torch.utils._pytree import tree_map_only
 import llmquant_kernels
 from llmquant.errors import PlanError
 from llmquant.formats import Format
-from llmquant_kernels import PackedWeight, TritonExperts
+from llmquant_kernels import PackedWeight, Prepared, TritonExperts, cpu_compiled
+
+# The loops of the CPU's kernels. numba takes half a second to import, which who only loads a model need not wait.
+cpu_compiled.use(cache(partial(importlib.import_module, "llmquant.cpu_loops")))
 
 
 class QuantModule(nn.Module):
@@ -49,12 +54,17 @@ class QuantModule(nn.Module):
         self.bias = nn.Parameter(torch.empty(dense[0], dtype=dtype), requires_grad=False) if bias else None
         self._prepared: dict[torch.dtype, Any] = {}
         self._prepared_from: tuple[object, ...] = ()
+        self._released: tuple[str, Tensor, Any] | None = None
 
     @property
     def packed_weight(self) -> PackedWeight:
         """The weight (out, in) as the kernels take it, a view of the buffers wherever the format allows."""
-        named = {suffix: buffer for suffix, buffer in self._buffers.items() if buffer is not None}
-        return self.format.packed_weight(named, self.matrix_shape)
+        return self.format.packed_weight(self._stored(), self.matrix_shape)
+
+    @property
+    def device(self) -> torch.device:
+        devices = [buffer.device for buffer in self._buffers.values() if buffer is not None]
+        return next((device for device in devices if device.type != "meta"), devices[0])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) that the stored one stands for."""
@@ -92,7 +102,8 @@ class QuantModule(nn.Module):
         if len(source) != len(self._prepared_from) or any(
             now is not then for now, then in zip(source, self._prepared_from, strict=True)
         ):
-            self._prepared, self._prepared_from = {}, source
+            self._forget_prepared()
+            self._prepared_from = (self.keep_decoded, *self._buffers.values())
         if dtype not in self._prepared:
             # What inference mode makes could not be used outside it, and this outlives the call.
             with torch.inference_mode(False), torch.no_grad():
@@ -101,14 +112,49 @@ class QuantModule(nn.Module):
                 self._forget_prepared()  # keeping it would keep in memory what accelerate is about to offload
                 return weight
             self._prepared[dtype] = weight
+            with torch.inference_mode(False):
+                self._release(weight)
         return self._prepared[dtype]
 
     def _forget_prepared(self) -> None:
-        self._prepared, self._prepared_from = {}, ()
+        self._buffers.update(self._stored())
+        self._prepared, self._prepared_from, self._released = {}, (), None
+
+    # ---- codes that what was prepared holds too, in another order: not kept as the file has them, but made again
+
+    def _release(self, prepared: Any) -> None:
+        """Give up the buffer of codes, if `prepared` makes the very same again, for one on the meta device."""
+        if self._released is not None or not isinstance(prepared, Prepared | TritonExperts):
+            return
+        again = prepared.packed()
+        if again is None:
+            return
+        for suffix in ("weight", "weight_packed"):
+            buffer = self._buffers.get(suffix)
+            if buffer is not None and _same_bytes(again, buffer):
+                stand_in = torch.empty_like(buffer, device="meta")
+                self._buffers[suffix], self._released = stand_in, (suffix, stand_in, prepared)
+        self._prepared_from = (self.keep_decoded, *self._buffers.values())
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The buffers as the file has them."""
+        named = {suffix: buffer for suffix, buffer in self._buffers.items() if buffer is not None}
+        if self._released is not None:
+            suffix, stand_in, prepared = self._released
+            if named.get(suffix) is stand_in:  # else other tensors were put in place since
+                with torch.inference_mode(False):
+                    named[suffix] = prepared.packed().view(stand_in.dtype).view(stand_in.shape)
+        return named
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._released is not None:
+            destination.update({prefix + suffix: tensor for suffix, tensor in self._stored().items()})
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy: the copy prepares its own weight."""
-        return {**self.__dict__, "_prepared": {}, "_prepared_from": ()}
+        own = {"_buffers": self._stored(), "_prepared": {}, "_prepared_from": (), "_released": None}
+        return {**self.__dict__, **own}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_prepared()
@@ -232,7 +278,7 @@ class QuantExperts(QuantModule):
         """Why inputs of `dtype` are not multiplied by all experts in one go; None where `together` does that."""
         if self.keep_decoded:
             return "their decoded weights are held"
-        device = next(iter(self._buffers.values())).device.type  # type: ignore[union-attr]
+        device = self.device.type
         if (device, dtype) not in self._reasons:
             facts = replace(self.format.facts(self.matrix_shape), device="cpu" if device == "meta" else device)
             self._reasons[device, dtype] = TritonExperts.refuses(facts, dtype)
@@ -258,8 +304,13 @@ class QuantExperts(QuantModule):
         return self._prepared_for(self.dtype)[expert]
 
     def _packed(self, expert: int) -> PackedWeight:
-        named = {suffix: buffer[expert] for suffix, buffer in self._buffers.items() if buffer is not None}
-        return self.format.packed_weight(named, self.matrix_shape)
+        named = {suffix: buffer for suffix, buffer in self._buffers.items() if buffer is not None}
+        if self._released is not None and named[self._released[0]] is self._released[1]:
+            suffix, stand_in, prepared = self._released
+            named |= {suffix: prepared.packed(expert).view(stand_in.dtype).view(stand_in.shape[1:])[None]}
+            named = {key: buffer if key == suffix else buffer[expert : expert + 1] for key, buffer in named.items()}
+            expert = 0
+        return self.format.packed_weight({key: buffer[expert] for key, buffer in named.items()}, self.matrix_shape)
 
     def _decoded(self, expert: int, dtype: torch.dtype) -> Tensor:
         weight = llmquant_kernels.decode(self._packed(expert), dtype)
@@ -358,6 +409,11 @@ class QuantConv(QuantModule):
         return self.dense(dtype)
 
 
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors, whatever their types."""
+    return a.nbytes == b.nbytes and torch.equal(a.view(torch.uint8).flatten(), b.view(torch.uint8).flatten())
+
+
 def _initialized(shape: tuple[int, ...]) -> Tensor:
     """Stands for the weight while the model is filled: some models initialize the weights of modules inside others.
 
@@ -376,7 +432,7 @@ class _DecodedOnUse(Tensor):
 
     @staticmethod
     def __new__(cls, module: QuantModule) -> _DecodedOnUse:
-        device = next(module.buffers()).device
+        device = module.device
         made = Tensor._make_wrapper_subclass(cls, module.dense_shape, dtype=module.dtype, device=device)
         made._module = module
         return made

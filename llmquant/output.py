@@ -29,9 +29,13 @@ from llmquant.errors import OutputError, VerificationError
 from llmquant.phases import phase
 
 JOURNAL = "journal.jsonl"
-# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean.
+# Of a run under way, so that a resumed one sees the same: tokens, how the loss curves, where a block's weights lean,
+# which formats were chosen.
 KEPT = "kept-"
-CALIBRATION, CURVATURE, LEAN = (f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}"))
+STATE = f"{KEPT}state-"  # of training, with the step
+CALIBRATION, CURVATURE, LEAN, ALLOCATION = (
+    f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}", "allocation")
+)
 
 
 class OutputFolder:
@@ -238,22 +242,51 @@ class OutputFolder:
             self._note(record)
         self.records[part] = record
 
+    def keeps(self, name: str) -> bool:
+        """Whether an earlier run has left what `kept` would return."""
+        return name in self._kept
+
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns; in a run that is taken up again, what it returned the first time. name: KEPT + ..."""
         self.settle()  # there is one journal
-        kept = self.partial / name
         if name in self._kept:
-            return load_file(kept)
-        tensors, temporary = make(), kept.with_suffix(".tmp")
-        with _writing(self.partial):
+            return load_file(self.partial / name)
+        tensors = make()
+        self._keep(name, tensors)
+        return tensors
+
+    def _keep(self, name: str, tensors: dict[str, Tensor]) -> None:
+        kept = self.partial / name
+        temporary = kept.with_suffix(".tmp")
+        with _writing(self.partial, sum(tensor.nbytes for tensor in tensors.values())):
             save_file(tensors, temporary)
             _sync(temporary)
             temporary.rename(kept)
             self._kept[name] = sha256(kept)
             self._note({"kept": name, "sha256": self._kept[name]})
-        return tensors
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def keep_state(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """How far training has come, in place of what was kept before: that goes when this is there."""
+        before = [name for name in self._kept if name.startswith(STATE)]
+        self._keep(f"{STATE}{step:08d}.safetensors", tensors)
+        for name in before:
+            del self._kept[name]
+            (self.partial / name).unlink()
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The last that `keep_state` was given, in a run that is taken up again."""
+        names = sorted(name for name in self._kept if name.startswith(STATE))
+        return load_file(self.partial / names[-1]) if names else None
+
+    def kept_json(self, name: str, make: Callable[[], Any]) -> Any:
+        """As `kept`, for a JSON value."""
+
+        def packed() -> dict[str, Tensor]:
+            return {"json": torch.frombuffer(bytearray(json.dumps(make()).encode()), dtype=torch.uint8)}
+
+        return json.loads(self.kept(name, packed)["json"].numpy().tobytes())
+
+    def write_json(self, name: str, content: dict[str, Any] | list[Any]) -> None:
         replace_text(self.partial / name, json.dumps(content, indent=2) + "\n")
 
     def assemble(self, config: dict[str, Any] | None, companions: list[Path]) -> None:

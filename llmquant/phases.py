@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 REST = "rest"
 # The model's products and the solvers': what a run is for. All else is what it takes to get there.
-ARITHMETIC = ("sample", "forward", "curvature", "statistics", "solve", "tune")
+ARITHMETIC = ("sample", "choose", "forward", "curvature", "statistics", "solve", "tune")
 
 
 class Clock:

@@ -19,6 +19,7 @@ from llmquant.estimate import Row, Work
 from llmquant.experts import packed_name
 from llmquant.matrices import Target
 from llmquant.output import free_bytes
+from llmquant.ranks import beside
 from llmquant.recipe import Recipe, Rule
 from llmquant.tune import Means
 
@@ -44,6 +45,7 @@ class Plan:
     offload: bool = False  # whether the hidden states of calibration lie on the disk
     tuning: Means | None = None  # how blocks are trained together, if they are
     notes: tuple[str, ...] = ()  # what else there is to know
+    sensitivity: str | None = None  # how formats are chosen, if they are
 
     @property
     def weights(self) -> int:
@@ -84,6 +86,7 @@ class Plan:
             "seconds": self.seconds,
             "offload_activations": self.offload,
             "tuning": self.tuning and asdict(self.tuning),
+            "sensitivity": self.sensitivity,
         }
         return {"tensors": rows, "kept": [asdict(kept) for kept in self.kept], "notes": list(self.notes), **totals}
 
@@ -92,34 +95,23 @@ def make_plan(
     checkpoint: Checkpoint,
     model: StreamedModel,
     recipe: Recipe,
-    output: Path,
+    output: Path | None,
     work: Work = SILENT,
     max_memory: int | None = None,
 ) -> Plan:
     """Check everything that can be checked without reading a weight.
 
+    output: the folder to write, whose disk has to have room; None: another process writes it.
     max_memory: bytes of anonymous memory that the run may take, by default as many as are free. Hidden states go to the
     disk where they do not fit.
     Raises PlanError (names the tensor; or more memory is needed than `max_memory`) or OutputError (not enough disk).
     """
-    blocks = [*range(len(model.block_names)), None]
-    recipe = recipe.settled(work.tokens > 0)
-    _check_recipe(model, recipe, work.tokens > 0)
-    kernels: dict[Any, str] = {}
-    decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
-    rows = tuple(decision for decision in decided if isinstance(decision, Row))
-    kept = tuple(dict.fromkeys(decision for decision in decided if isinstance(decision, Kept)))
-    if not rows:
-        reason = f", such as {kept[0].name}: {kept[0].reason}" if kept else ""
-        raise PlanError(f"nothing is left to quantize: every module is kept dense{reason}")
-    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
-    replaced = {name for row in rows for name in row.sources}
-    after = before + sum(row.nbytes for row in rows) - sum(checkpoint.nbytes(name) for name in replaced)
-    free = free_bytes(output)
-    if free < 1.01 * after:
+    rows, kept, before, after = _decided(checkpoint, model, recipe, work.tokens > 0)
+    if output is not None and (free := free_bytes(output)) < 1.01 * after:
         raise OutputError(f"{output}: the result needs {after:,} bytes, the disk has {free:,} free: free some space")
     outside = sum(checkpoint.nbytes(name) for name in model.outside_keys())
-    room = psutil.virtual_memory().available if max_memory is None else max_memory
+    # Of several processes on one machine each takes its share of what is free.
+    room = psutil.virtual_memory().available // beside() if max_memory is None else max_memory
     if work.tokens and not work.offload and estimate.memory(model, rows, outside, work) > room:
         work = replace(work, offload=True)
     if work.tuning:
@@ -131,6 +123,32 @@ def make_plan(
     seconds = estimate.seconds(model, rows, before + after, work)
     notes = tuple(checkpoint.notes)
     return Plan(rows, kept, before, after, memory, seconds, work.offload, work.means, notes)
+
+
+def with_recipe(plan: Plan, checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, calibrated: bool) -> Plan:
+    """The plan with other formats, none of which takes more than the ones that it was made for."""
+    rows, kept, _, after = _decided(checkpoint, model, recipe, calibrated)
+    return replace(plan, rows=rows, kept=kept, bytes_after=after)
+
+
+def _decided(
+    checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, calibrated: bool
+) -> tuple[tuple[Row, ...], tuple[Kept, ...], int, int]:
+    """What is quantized and what is not, and the bytes of all before and after."""
+    recipe = recipe.settled(calibrated)
+    _check_recipe(model, recipe, calibrated)
+    kernels: dict[Any, str] = {}
+    blocks = [*range(len(model.block_names)), None]
+    decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
+    rows = tuple(decision for decision in decided if isinstance(decision, Row))
+    kept = tuple(dict.fromkeys(decision for decision in decided if isinstance(decision, Kept)))
+    if not rows:
+        reason = f", such as {kept[0].name}: {kept[0].reason}" if kept else ""
+        raise PlanError(f"nothing is left to quantize: every module is kept dense{reason}")
+    before = sum(checkpoint.nbytes(name) for name in checkpoint.names())
+    replaced = {name for row in rows for name in row.sources}
+    after = before + sum(row.nbytes for row in rows) - sum(checkpoint.nbytes(name) for name in replaced)
+    return rows, kept, before, after
 
 
 def _means(model: StreamedModel, rows: tuple[Row, ...], work: Work, max_memory: int | None) -> Means:

@@ -97,8 +97,11 @@ class Recipe:
 
     def settled(self, calibrated: bool) -> Recipe:
         """With a solver's name in every rule."""
-        name = "gptq" if calibrated else "rtn"
-        return Recipe(tuple(replace(rule, solver=name) if rule.solver == "auto" else rule for rule in self.rules))
+        return self.starting_from("gptq" if calibrated else "rtn")
+
+    def starting_from(self, solver: str) -> Recipe:
+        """With this solver where a rule leaves it open."""
+        return Recipe(tuple(replace(rule, solver=solver) if rule.solver == "auto" else rule for rule in self.rules))
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches the module, or None: it stays dense."""

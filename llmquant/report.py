@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from llmquant import charts
-from llmquant.card import command, percent, recovered, size, tuned, verified
+from llmquant.card import command, fitted, learned, percent, recovered, size, tuned, verified
 
 STYLE = """
 :root { color-scheme: light; font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #f8fafc; }
@@ -47,6 +47,7 @@ def page(facts: dict[str, Any]) -> str:
         _section("The worst matrices, before and after", drawn(lambda: list(_histograms(facts)))),
         _section("Numbers that went wrong", table(["matrix", "what was done"], recovered(facts))),
         _section("Tuning of all blocks together", _tuning(facts.get("tuning"))),
+        _section("Training while rounded", _training(facts.get("qat"))),
         _section("Verified against the original", _verification(facts.get("verification"))),
         _section("Measured", _evaluation(facts.get("evaluation"))),
         _section("Kept as they are", table(["module", "why"], [[k["name"], k["reason"]] for k in facts["kept_dense"]])),
@@ -156,6 +157,8 @@ def _coverage(facts: dict[str, Any]) -> str:
     ends = [f"{tensor['tokens']:,}" for tensor in (least[0], least[-1])]
     said = f"<p>Each matrix saw {' to '.join(dict.fromkeys(ends))} tokens"
     said += f"; {dropped:,} rows of activations that were not finite were left out.</p>" if dropped else ".</p>"
+    if "calibration_fit" in facts:
+        said += f"<p>Calibration text: {escape(fitted(facts['calibration_fit']))}.</p>"
     few = [tensor for tensor in least if tensor["tokens"] < least[-1]["tokens"] / 4][:20]
     return said + table(["matrices that saw few tokens", "tokens"], [[t["name"], t["tokens"]] for t in few])
 
@@ -170,6 +173,12 @@ def _tuning(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     return f"<p>{escape(tuned(found))}</p>" + table(["step", "KL on held-out tokens"], found["divergences"])
+
+
+def _training(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"<p>{escape(learned(found))}</p>" + table(["step", "KL on held-out tokens"], found["divergences"])
 
 
 def _verification(found: dict[str, Any] | None) -> str:

@@ -26,6 +26,7 @@ from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError
 
 MODES = ("none", "value", "residual")
+AUTO = "auto"  # the one of them that is found to be best (see trial.py)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def opened(
     Raises PlanError for an unknown mode, and as `rotated` does.
     """
     if mode not in MODES:
-        raise PlanError(f"rotation {mode!r} is unknown: choose one of {', '.join(MODES)}")
+        raise PlanError(f"rotation {mode!r} is unknown: choose one of {', '.join((*MODES, AUTO))}")
     if mode != "none":
         tried = StreamedModel(checkpoint, dtype=torch.float32, **loading)
         checkpoint = rotated(checkpoint, tried, mode, seed, progress)

@@ -7,6 +7,8 @@ shift    of every code: the level is the one nearest to where it began plus the 
          The gradient passes through the rounding as if it were not there (Y. Bengio et al., arXiv:1308.3432); to learn
          rounding that way is SignRound's (W. Cheng et al., arXiv:2309.05516), there block by block.
 stretch  the logarithm of a factor of every scale, which is rounded to its stored type before it is used.
+drift    of every zero point that is a real number, in steps. One that is an integer code stays: a move by one would
+         move all of its group by a whole step.
 delta    of every vector: weights of norms and biases, rounded to the type that the file has.
 
 The file keeps its formats: only values change. The best iterate on held-out tokens is kept, which may be the start.
@@ -14,24 +16,20 @@ The file keeps its formats: only values change. The best iterate on held-out tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
-from llmquant.blocks import Call, StreamedModel
+from llmquant.blocks import StreamedModel
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import gaps
 from llmquant.matrices import Target
+from llmquant.teacher import CHUNK_BYTES, Pupil, Teacher
+from llmquant.trained import Moved, Training, Weight, batches, in_place
 
-CHUNK_BYTES = 2**26  # of float32 logits that exist at once
-WARM_UP = 10  # steps until the rates are reached; from there they fall linearly to nothing
-BETAS = (0.9, 0.95)
 JUDGED = 25  # steps from one look at the held-out tokens to the next
 
 
@@ -48,10 +46,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Rates:
-    """Adam's rates, per step: of shifts, of which 0 leaves all codes as they are, of stretches and of deltas."""
+    """Adam's rates, per step: of shifts, of which 0 leaves all codes as they are, of stretches, drifts and deltas."""
 
     shift: float = 1e-2
     stretch: float = 1e-3
+    drift: float = 1e-3
     delta: float = 1e-3
 
 
@@ -93,12 +92,16 @@ class Tuned:
         return min(kl for _, kl in self.divergences) < self.divergences[0][1]
 
 
+Look = Callable[[dict[str, Tensor]], None]
+"""Is handed the state of training at every look at the held-out tokens, for it to be taken up from there."""
+
+
 def tune(
     model: StreamedModel,
     matrices: list[Matrix],
     vectors: dict[str, torch.dtype],
     windows: Tensor,
-    wanted: Tensor,
+    teacher: Teacher,
     held: Tensor,
     *,
     steps: int = 150,
@@ -106,162 +109,51 @@ def tune(
     seed: int = 0,
     rates: Rates = Rates(),
     recompute: bool = False,
+    begun: dict[str, Tensor] | None = None,
+    look: Look = lambda state: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuned:
     """Train on windows (n, length) int64 where `held` (n,) bool is false, and judge on the others.
 
-    vectors: name in memory -> stored type, of those that are trained. wanted (n, length, hidden): what leaves the last
-    block of the original for those windows. The original must be loaded as a whole: every block, and what lies outside.
-    recompute: on the way back every block is run again, instead of keeping all that happened in it.
+    vectors: name in memory -> stored type, of those that are trained. teacher: what the original predicts for those
+    windows. The model must be loaded as a whole: what lies outside, and of every block what is not among the matrices.
+    recompute: on the way back every block is run again, instead of keeping all that happened in it. begun: what `look`
+    was handed by a run that was cut.
     """
     taught = [_Levels(matrix, model.dtype, shifting=rates.shift > 0) for matrix in matrices]
-    moved = {name: _Moved(model.model.get_parameter(name), dtype) for name, dtype in vectors.items()}
-    groups = (
-        ([part.shift for part in taught if part.shift is not None], rates.shift),
-        ([part.stretch for part in taught], rates.stretch),
-        ([part.delta for part in moved.values()], rates.delta),
+    moved = {name: Moved(model.model.get_parameter(name), dtype) for name, dtype in vectors.items()}
+    training = Training(
+        (
+            ([part.shift for part in taught if part.shift is not None], rates.shift),
+            ([part.stretch for part in taught], rates.stretch),
+            ([part.drift for part in taught if part.drift is not None], rates.drift),
+            ([part.delta for part in moved.values()], rates.delta),
+        ),
+        steps,
     )
-    run = _Run(model, windows, wanted, batch, recompute)
+    pupil = Pupil(model, windows, teacher, batch, recompute=recompute)
     trained, judged = torch.where(~held)[0], torch.where(held)[0]
-    parameters = [parameter for group, _ in groups for parameter in group]
-    best, divergences = [parameter.detach().clone() for parameter in parameters], []
-
-    def judge(step: int) -> None:
-        divergences.append((step, run.divergence(judged)))
-        if divergences[-1][1] <= min(kl for _, kl in divergences):
-            for kept, parameter in zip(best, parameters, strict=True):
-                kept.copy_(parameter.detach())
-
-    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups if group], betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
-    )
-    with _in_place(model, taught, moved):
-        for step, chosen in enumerate(_batches(trained, batch, steps, seed)):
-            if step % JUDGED == 0:
-                judge(step)
-            run.backward(chosen)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+    first = 0 if begun is None else training.restore(begun)
+    with in_place(model.model, taught, moved):
+        for step, chosen in enumerate(batches(trained, batch, steps, seed)):
+            if step < first:
+                continue
+            if step % JUDGED == 0 and (step > first or begun is None):
+                training.judge(step, pupil.divergence(judged))
+                look(training.tensors(step))
+            training.pace(step)
+            with torch.enable_grad():
+                pupil(chosen).backward()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
             progress(step + 1, steps)
-        judge(steps)
-    with torch.no_grad():
-        for kept, parameter in zip(best, parameters, strict=True):
-            parameter.copy_(kept)
-    return Tuned([part.matrix() for part in taught], {name: part.vector() for name, part in moved.items()}, divergences)
+        training.judge(steps, pupil.divergence(judged))
+    training.take_best()
+    tuned = {name: part.vector() for name, part in moved.items()}
+    return Tuned([part.matrix() for part in taught], tuned, training.divergences)
 
 
-def _batches(indices: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches of indices: all of them in random order, and again."""
-    generator = torch.Generator().manual_seed(seed)
-    left = indices[:0]
-    for _ in range(steps):
-        while len(left) < min(batch, len(indices)):
-            left = torch.cat([left, indices[torch.randperm(len(indices), generator=generator)]])
-        yield left[:batch]
-        left = left[batch:]
-
-
-@contextmanager
-def _in_place(model: StreamedModel, taught: list[_Levels], moved: dict[str, _Moved]) -> Iterator[None]:
-    """The model computes with what is trained instead of its own weights."""
-    of_parameter: dict[str, list[_Levels]] = {}
-    for levels in taught:
-        of_parameter.setdefault(levels.target.parameter, []).append(levels)
-    places: list[tuple[nn.Module, str, _Trained]] = []
-    for full_name, parts in of_parameter.items():
-        trained = parts[0] if parts[0].target.expert is None else _Stack(parts)
-        places.append((model.module(parts[0].target), full_name.rpartition(".")[2], trained))
-    for full_name, vector in moved.items():
-        owner, _, own = full_name.rpartition(".")
-        places.append((model.model.get_submodule(owner), own, vector))
-    try:
-        for module, name, part in places:
-            parametrize.register_parametrization(module, name, part, unsafe=True)
-        yield
-    finally:
-        for module, name, _ in places:
-            if parametrize.is_parametrized(module, name):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-
-
-class _Run:
-    """The whole model on some of the windows."""
-
-    def __init__(self, model: StreamedModel, windows: Tensor, wanted: Tensor, batch: int, recompute: bool) -> None:
-        self.model, self.windows, self.wanted = model, windows, wanted
-        self.batch, self.recompute = batch, recompute
-        vocabulary = model.config.get_text_config().vocab_size
-        self.tokens = max(1, CHUNK_BYTES // (4 * vocabulary))
-
-    def backward(self, chosen: Tensor) -> None:
-        """Add the gradient of the mean divergence over the windows chosen."""
-        with torch.enable_grad():
-            hidden = self._hidden(chosen)
-            leaf = hidden.detach().requires_grad_()
-            for loss in self._losses(chosen, leaf):
-                (loss / self.windows[chosen].numel()).backward()
-            hidden.backward(leaf.grad)
-
-    @torch.no_grad()
-    def divergence(self, chosen: Tensor) -> float:
-        """Mean KL(original || model) per token over the windows chosen."""
-        total = 0.0
-        for part in chosen.split(self.batch):
-            total += sum(float(loss) for loss in self._losses(part, self._hidden(part)))
-        return total / self.windows[chosen].numel()
-
-    def _hidden(self, chosen: Tensor) -> Tensor:
-        hidden, calls = self.model.embed(self.windows[chosen].to(self.model.device))
-        for block, call in enumerate(calls):
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(self._through, block, hidden, call, use_reentrant=False)
-            else:
-                hidden = self._through(block, hidden, call)
-        return hidden
-
-    def _through(self, block: int, hidden: Tensor, call: Call) -> Tensor:
-        with parametrize.cached():  # a module may look at its parameter once for every expert
-            return self.model.run_block(block, hidden, call)
-
-    def _losses(self, chosen: Tensor, hidden: Tensor) -> Iterator[Tensor]:
-        """The divergence summed over the tokens of one piece after the other: not all logits exist at once."""
-        for index, window in enumerate(chosen.tolist()):
-            pieces = (self.windows[window : window + 1], self.wanted[window : window + 1], hidden[index : index + 1])
-            for tokens, wanted, found in zip(*(part.split(self.tokens, dim=1) for part in pieces), strict=True):
-                with torch.no_grad(), _original(self.model):
-                    target = self.model.logits(tokens, wanted.to(found)).float().log_softmax(-1)
-                logits = self.model.logits(tokens, found).float().log_softmax(-1)
-                yield nn.functional.kl_div(logits, target, reduction="sum", log_target=True)
-
-
-class _Trained(nn.Module):
-    """A parametrization: what a module computes with instead of its own tensor, unless it is `off`."""
-
-    off = False
-
-    def forward(self, original: Tensor) -> Tensor:
-        return original if self.off else self.value()
-
-    def value(self) -> Tensor:
-        raise NotImplementedError
-
-
-@contextmanager
-def _original(model: StreamedModel) -> Iterator[None]:
-    """The model computes with its own tensors."""
-    parts = [part for part in model.model.modules() if isinstance(part, _Trained)]
-    for part in parts:
-        part.off = True
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.off = False
-
-
-class _Levels(_Trained):
+class _Levels(Weight):
     """A weight: the levels nearest to where they were plus `shift`, times stretched scales."""
 
     def __init__(self, matrix: Matrix, dtype: torch.dtype, shifting: bool) -> None:
@@ -271,6 +163,7 @@ class _Levels(_Trained):
         self.lattice, self.group = lattice, lattice.group
         places = _places_of(matrix.codes, lattice.codes)
         self.stretch = nn.Parameter(torch.zeros_like(matrix.grid.scale))
+        self.drift = None if lattice.offset is None else nn.Parameter(torch.zeros_like(matrix.grid.scale))
         self.shift: nn.Parameter | None = None
         if not shifting:
             self.fixed = places.to(torch.uint8)
@@ -310,12 +203,20 @@ class _Levels(_Trained):
         wanted = grid.scale * self.stretch.exp()
         return torch.stack([fmt.storable(wanted[:, g], grid, g) for g in range(wanted.shape[1])], dim=1)
 
-    def value(self) -> Tensor:
+    def offset(self) -> Tensor | None:
+        """What is added to all, moved by `drift`, as the file will hold it; the rounding has no slope of its own."""
+        if self.drift is None or self.start.grid.zero is None:
+            return None
+        wanted = self.start.grid.zero + self.drift * self.lattice.scale.abs()
+        stored = self.start.format.moved(self.start.grid, zero=wanted.detach()).zero
+        return stored if stored is None else wanted + (stored - wanted).detach()
+
+    def value(self, original: Tensor) -> Tensor:
         with torch.no_grad():
             places, scale = self.places(), self.scale()
         w = _Decode.apply(self.shift, self.stretch, places, scale, self)
-        if self.lattice.offset is not None:
-            w = w + self.wide(self.lattice.offset)
+        if (offset := self.offset()) is not None:
+            w = w + self.wide(offset)
         return self.target.stored(w.to(self.dtype))
 
     def wide(self, values: Tensor) -> Tensor:
@@ -326,6 +227,8 @@ class _Levels(_Trained):
     def matrix(self) -> Matrix:
         """As it is now."""
         grid = replace(self.start.grid, scale=self.scale())
+        if (offset := self.offset()) is not None:
+            grid = replace(grid, zero=offset)
         return replace(self.start, codes=self.lattice.codes[self.places().int()], grid=grid)
 
 
@@ -359,32 +262,3 @@ class _Decode(torch.autograd.Function):
             of_scale = of_scale.sum(0, keepdim=True)
         of_shift = gradient * part.wide(scale) * part.unit if ctx.needs_input_grad[0] else None
         return of_shift, of_scale, None, None, None
-
-
-class _Stack(_Trained):
-    """The experts of one parameter."""
-
-    def __init__(self, parts: list[_Levels]) -> None:
-        super().__init__()
-        self.experts = parts
-
-    def value(self) -> Tensor:
-        return torch.stack([expert.value() for expert in self.experts])
-
-
-class _Moved(_Trained):
-    """A vector: what it was plus `delta`, rounded to the type of the file."""
-
-    def __init__(self, original: Tensor, stored: torch.dtype) -> None:
-        super().__init__()
-        self.start, self.dtype, self.stored_dtype = original.detach().float(), original.dtype, stored
-        self.delta = nn.Parameter(torch.zeros_like(self.start))
-
-    def value(self) -> Tensor:
-        moved = self.start + self.delta
-        return (moved + (moved.to(self.stored_dtype).float() - moved).detach()).to(self.dtype)
-
-    @torch.no_grad()
-    def vector(self) -> Tensor:
-        """As the file will hold it."""
-        return (self.start + self.delta).to(self.stored_dtype)

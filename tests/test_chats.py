@@ -189,7 +189,7 @@ def test_a_run_samples_conversations_where_the_tokenizer_has_a_template(
     def windows(length: int = 48) -> torch.Tensor:
         ready = prepared(model, tmp_path / "out", length)
         assert ready.job.calibration is not None
-        return pipeline._windows(ready, ready.job.calibration, pipeline.silent)
+        return pipeline.shown_windows(ready, ready.job.calibration, pipeline.silent)
 
     letters().save_pretrained(model)
     plain = windows()

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "eval"))
 
 compare: Any = importlib.import_module("compare")
 rivals: Any = importlib.import_module("rivals")
+tables: Any = importlib.import_module("tables")
 
 
 def shown(method: str, seed: int = 0) -> tuple[str, int, int]:
@@ -172,3 +173,15 @@ def test_tools_without_environment_are_skipped_by_name(
 def test_an_unknown_tool_is_a_wrong_command_line() -> None:
     with pytest.raises(SystemExit):
         compare.arguments(["model", "--text", "pycode", "--output", "x", "--python", "nothing=python"])
+
+
+def test_ratios_are_over_the_seeds_that_both_ran() -> None:
+    runs = [result("llmquant-best", seed, kl=kl) for seed, kl in ((0, 0.1), (1, 0.3), (2, 9.0))]
+    runs += [result("auto-round", seed, kl=kl) for seed, kl in ((0, 0.4), (1, 0.4), (3, 9.0))]
+    lines = tables.ratios(runs, ("llmquant-balanced", "llmquant-best"), ("auto-round",))
+    assert lines[0] == "| model | format | balanced / auto-round | best / auto-round |"
+    assert lines[2:] == ["| model | int3:g32:sym |  | 0.50 (2) |"]
+
+
+def test_the_page_of_results_is_what_the_script_makes() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == tables.page()

@@ -35,7 +35,7 @@ def test_folders_of_scripts_and_kernels_are_no_packages() -> None:
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_kernels_import_torch_and_triton_only(path: Path) -> None:
-    scripts = {"bench", "bench_gpu"} if path.name.startswith("bench") else set()
+    scripts = {"bench", "bench_gpu", "bench_rivals"} if path.name.startswith("bench") else set()
     allowed = {*sys.stdlib_module_names, "torch", "triton", "llmquant_kernels", "", *scripts}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
@@ -67,10 +67,14 @@ FORBIDDEN = {
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "tune": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
+    "domain": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "equivalence": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "rotation": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
+    "trial": ["pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "scaling": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
+    "cpu_loops": ["*"],
+    "ranks": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"} - {"stats"}),
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "phases": ["*"],
@@ -83,11 +87,18 @@ FORBIDDEN = {
     "estimate": ["pipeline", "plan", "output", "calibration", "cli", "hf", "linear", "checkpoint"],
     "plan": ["pipeline", "calibration", "cli", "hf", "linear"],
     "recipe": ["pipeline", "plan", "calibration", "blocks", "cli", "hf", "linear"],
+    "knapsack": [*WRITING, "checkpoint", "hf", "linear", "formats", "metrics", "text"],
+    "sensitivity": ["allocate", "pipeline", "plan", "output", "cli", "hf", "linear"],
+    "allocate": ["pipeline", "output", "solvers", "cli", "hf", "linear"],
     "job": ["pipeline", "solving", "saving", "endtoend", "calibration", "solvers", "output", "cli", "hf", "linear"],
     "solving": ["pipeline", "saving", "endtoend", "plan", "output", "cli", "hf", "linear"],
     "saving": ["pipeline", "endtoend", "plan", "recipe", "cli", "hf", "linear"],
     "endtoend": ["pipeline", "plan", "recipe", "cli", "hf", "linear"],
     "pipeline": ["cli", "api", "exchange", "hf", "linear"],
+    "trained": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
+    "teacher": [room for room in WRITING if room not in ("blocks", "calibration", "stats")],
+    "fake_quantize": [*WRITING, "checkpoint", "hf", "linear", "text", "metrics"],
+    "qat": ["cli", "api", "exchange", "hf", "linear"],
     "exchange": ["cli", "api", "pipeline", "plan", "blocks", "calibration", "solvers", "hf", "linear"],
     "generation": [*WRITING, "exchange", "hf", "linear"],
     "adapters": [room for room in WRITING if room != "exchange"],
@@ -100,6 +111,7 @@ FORBIDDEN = {
     "description": [*(room for room in WRITING if room != "output"), "hf", "linear"],
     "comparison": [*WRITING, "hf", "linear"],
     "cli_common": [*WRITING, "hf", "linear"],
+    "cli_budget": [*WRITING, "hf", "linear"],
 }
 
 
@@ -115,13 +127,26 @@ def test_imports_run_one_way(room: str) -> None:
 
 def test_every_room_has_its_rule() -> None:
     rooms = {path.relative_to(ROOT / "llmquant").parts[0].removesuffix(".py") for path in PACKAGE}
-    assert rooms - set(FORBIDDEN) == {"__init__", "cli", "cli_check", "cli_exchange", "format_table", "version"}
+    assert rooms - set(FORBIDDEN) == {
+        "__init__",
+        "__main__",
+        "cli",
+        "cli_check",
+        "cli_exchange",
+        "cli_train",
+        "format_table",
+        "version",
+    }
 
 
 def test_only_one_room_touches_the_private_loading_api() -> None:
     private = ("transformers.core_model_loading", "transformers.conversion_mapping")
     users = {path.name for path in SOURCES if any(name.startswith(private) for name in imports(path))}
     assert users == {"blocks.py"}
+
+
+def test_only_one_room_knows_of_other_processes() -> None:
+    assert {path.name for path in SOURCES if "torch.distributed" in path.read_text()} == {"ranks.py"}
 
 
 def test_nothing_unpickles() -> None:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import llmquant.linear  # noqa: F401  (brings the loops of cpu_compiled)
 import llmquant_kernels as kernels
 from llmquant_kernels import Facts, PackedWeight
-from llmquant_kernels.cpu import ROWS_INT4
+from llmquant_kernels.cpu_compiled import ROWS as ROWS_COMPILED
+from llmquant_kernels.cpu_compiled import product
 
 ROWS = (1, 2, 8, 16, 17, 31, 32, 33, 64)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -215,7 +217,7 @@ def test_centred_weights_and_uncentred_activations(bits: int, symmetric: bool, g
     prepared = kernels.prepare(PackedWeight(packed, bits, (64, 1024), group, scale, zero), dtype=BF16)
     x = (torch.randn(12, 1024) + mean).to(BF16)
     allowed = 2 * rms(functional.linear(x, exact.to(BF16)).double() - x.double() @ exact.t())
-    assert prepared.name in ("cpu_int4", "cpu_int4_pair", "cpu_int8")
+    assert prepared.name in ("cpu_int4", "cpu_compiled", "cpu_int8")
     assert rms(kernels.linear(x, prepared).double() - x.double() @ exact.t()) <= allowed
 
 
@@ -235,8 +237,7 @@ def test_decode_is_exact_where_float32_is(bits: int) -> None:
 ONE_OF_EACH = {
     "cpu_int4": Case(4, (64, 256), 128, 8),
     "cpu_int8": Case(8, (64, 256), 256, 128),
-    "cpu_int4_pair": Case(8, (64, 256), 128, 128),
-    "cpu_decode": Case(4, (64, 256), 128, 8, levels=True),
+    "cpu_compiled": Case(4, (64, 256), 128, 8, levels=True),
 }
 
 
@@ -265,7 +266,7 @@ def test_shapes_of_activations(name: str) -> None:
         assert y.shape == (*x.shape[:-1], 64)
         expected = x.double() @ exact.t() + bias.double()
         assert torch.allclose(y.double(), expected, rtol=0.02, atol=0.05 * exact.square().mean().sqrt().item() * 16)
-    assert torch.equal(kernels.linear(base[0], prepared), kernels.linear(base, prepared)[0]) or name != "cpu_decode"
+    assert torch.equal(kernels.linear(base[0], prepared), kernels.linear(base, prepared)[0]) or name != "cpu_compiled"
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -302,16 +303,74 @@ def test_codes_at_the_zero_point_give_exact_zeros() -> None:
 
 def test_keep_decoded_is_used_and_counted() -> None:
     weight, exact = draw(ONE_OF_EACH["cpu_int4"])
-    x = torch.randn(ROWS_INT4 + 1, 256).to(BF16)
+    x = torch.randn(ROWS_COMPILED + 1, 256).to(BF16)
     lean, kept = (kernels.prepare(weight, dtype=BF16, keep_decoded=keep) for keep in (False, True))
     assert kept.nbytes == lean.nbytes + 64 * 256 * 2
     assert 64 * 256 // 2 <= lean.nbytes <= 64 * 256
-    assert torch.equal(kernels.linear(x, lean), kernels.linear(x, kept))
     assert torch.equal(kernels.linear(x, kept), functional.linear(x, exact.to(BF16)))
+    assert torch.allclose(kernels.linear(x, lean), kernels.linear(x, kept), rtol=0.02, atol=0.02)
+
+
+def test_the_compiled_loops_copy_no_codes() -> None:
+    weight, _ = draw(ONE_OF_EACH["cpu_compiled"])
+    prepared = kernels.prepare(weight, dtype=BF16)
+    assert prepared.name == "cpu_compiled"
+    assert prepared.nbytes < weight.packed.nbytes / 10
+
+
+def test_without_compiled_loops_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmquant_kernels.cpu_compiled._where", [])
+    weight, exact = draw(ONE_OF_EACH["cpu_int4"])
+    assert kernels.explain(weight, F32).splitlines()[0] == "reference: chosen"
+    assert "cpu_compiled: refused, its compiled loops are not there" in kernels.explain(weight, BF16)
+    x = torch.randn(3, 256)
+    y = kernels.linear(x, kernels.prepare(weight, dtype=F32))
+    assert torch.allclose(y.double(), x.double() @ exact.t(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cpu_int4", "cpu_compiled"])
+def test_products_are_traced(name: str) -> None:
+    """By torch.compile without a break of the graph, and by torch.export, for any number of rows."""
+    weight, _ = draw(ONE_OF_EACH[name])
+    prepared, bias = kernels.prepare(weight, dtype=BF16), torch.randn(64).to(BF16)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return kernels.linear(x, prepared, bias)
+
+    x = torch.randn(40, 256).to(BF16)
+    exported = torch.export.export(Module(), (x[:2],)).module()
+    compiled = torch.compile(Module(), backend="eager", fullgraph=True)
+    for rows in (2, 40):
+        assert torch.equal(compiled(x[:rows]), kernels.linear(x[:rows], prepared, bias))
+    assert torch.equal(exported(x[:2]), kernels.linear(x[:2], prepared, bias))
+
+
+def test_the_operator_keeps_the_rules_of_torch() -> None:
+    weight, _ = draw(ONE_OF_EACH["cpu_compiled"])
+    prepared: Any = kernels.prepare(weight, dtype=BF16)
+    for x in (torch.randn(3, 256).to(BF16), torch.randn(2, 40, 256).to(BF16)):
+        for bias in (None, torch.randn(64).to(BF16)):
+            torch.library.opcheck(product, (x, bias, prepared.tensors, prepared.numbers, 256))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmquant.cpu_loops.LEAST_WORK", 1)
+    weight, _ = draw(Case(3, (70, 264), 24, 4))
+    x = torch.randn(5, 264)
+    prepared = kernels.prepare(weight, dtype=F32)
+    expected, before = kernels.linear(x, prepared), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(kernels.linear(x, prepared), expected)
+        assert torch.equal(kernels.prepare(weight, dtype=F32, keep_decoded=True).decoded, kernels.decode(weight, F32))  # type: ignore[attr-defined]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_many_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmquant_kernels.cpu.BLOCK", 16 * 128)
+    monkeypatch.setattr("llmquant_kernels.cpu_compiled.BLOCK", 16 * 128)
     weight, exact = draw(Case(4, (72, 128), 32, "tensor", scale=F32))
     x, bias = torch.randn(40, 128), torch.randn(72)
     prepared = kernels.prepare(weight, dtype=F32)
@@ -362,17 +421,17 @@ class Kind:
     signed: bool = False
     trits: bool = False
     words: bool = False
-    few: str = "cpu_decode"  # backend of a (64, 256) weight and bfloat16 activations
+    few: str = "cpu_compiled"  # backend of a (64, 256) weight and bfloat16 activations
 
 
 E8M0, F8 = torch.float8_e8m0fnu, torch.float8_e4m3fn
 KINDS = {
-    "mxfp4": Kind(4, 32, E8M0, levels=E2M1, few="cpu_int4_pair"),
-    "mxfp6_e2m3": Kind(6, 32, E8M0, levels=E2M3, few="cpu_int4_pair"),
+    "mxfp4": Kind(4, 32, E8M0, levels=E2M1, few="cpu_compiled"),
+    "mxfp6_e2m3": Kind(6, 32, E8M0, levels=E2M3, few="cpu_compiled"),
     "mxfp6_e3m2": Kind(6, 32, E8M0, levels=E3M2),
     "mxfp8_e4m3": Kind(8, 32, E8M0, levels=E4M3),
     "mxfp8_e5m2": Kind(8, 32, E8M0, levels=E5M2),
-    "mxint8": Kind(8, 32, E8M0, outer="tensor", outer_value=1 / 64, signed=True, few="cpu_int4_pair"),
+    "mxint8": Kind(8, 32, E8M0, outer="tensor", outer_value=1 / 64, signed=True, few="cpu_compiled"),
     "mxint8_row": Kind(8, 10**9, E8M0, outer="tensor", outer_value=1 / 64, signed=True, few="cpu_int8"),
     "nvfp4": Kind(4, 16, F8, levels=E2M1, outer="tensor"),
     "mx9": Kind(8, 16, E8M0, levels=sign_magnitude(8), outer="tensor", outer_value=2**-6, micro=True),
@@ -399,7 +458,7 @@ KINDS = {
     "signed4_zero": Kind(4, 64, F16, zero=-3, signed=True, few="cpu_int4"),
     "signed7_row": Kind(7, 10**9, F16, zero=5, signed=True, few="cpu_int8"),
     **{f"signed{bits}": Kind(bits, 64, F16, signed=True, few="cpu_int4") for bits in range(1, 5)},
-    **{f"signed{bits}": Kind(bits, 64, F16, signed=True, few="cpu_int4_pair") for bits in range(5, 9)},
+    **{f"signed{bits}": Kind(bits, 64, F16, signed=True, few="cpu_compiled") for bits in range(5, 9)},
 }
 SHAPES = ((64, 256), (16, 160), (33, 172), (5, 35), (1, 50), (17, 1), (1, 1))
 
@@ -502,7 +561,7 @@ def test_kinds_multiply(name: str, shape: tuple[int, int], keep_decoded: bool) -
 
 @pytest.mark.parametrize("name", KINDS)
 def test_kinds_of_many_blocks_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmquant_kernels.cpu.BLOCK", 16 * 128)
+    monkeypatch.setattr("llmquant_kernels.cpu_compiled.BLOCK", 16 * 128)
     weight, exact = draw_kind(KINDS[name], (41, 128), spare=1)
     x = torch.randn(40, 128)
     y = kernels.linear(x, kernels.prepare(weight, dtype=F32)).double()
@@ -514,7 +573,7 @@ def test_kinds_go_to_the_backend_for_them(name: str) -> None:
     """And the same one where only the levels, which are constants, are not on meta."""
     weight, _ = draw_kind(KINDS[name], (64, 256))
     assert kernels.choose(weight.facts(), BF16)[0] == KINDS[name].few
-    assert kernels.choose(weight.facts(), F32)[0] == "cpu_decode"
+    assert kernels.choose(weight.facts(), F32)[0] == "cpu_compiled"
     constant = [] if KINDS[name].tables else ["levels"]
     meta: dict[str, Any] = {
         field: value.to("meta") if isinstance(value, Tensor) and field not in constant else value
@@ -559,42 +618,42 @@ def test_rows_of_bytes_may_lie_anywhere() -> None:
 
 REFUSALS: list[tuple[str, dict[str, Any], torch.dtype, str, str]] = [
     # backend asked, facts, dtype, backend chosen, words of the reason
-    ("cpu_int4", {"bits": 4, "group": 128}, F32, "cpu_decode", "bfloat16 activations only"),
-    ("cpu_int4", {"bits": 4, "group": 48}, BF16, "cpu_decode", "multiples of 32, not 256 and 48"),
-    ("cpu_int4", {"bits": 4, "group": 128, "shape": (72, 256)}, BF16, "cpu_decode", "multiple of 16, not 72"),
-    ("cpu_int4", {"bits": 4, "group": 128, "shape": (64, 172)}, BF16, "cpu_decode", "multiples of 32, not 172"),
-    ("cpu_int4", {"bits": 4, "group": 128, "has_levels": True}, BF16, "cpu_decode", "tables of levels"),
-    ("cpu_int4", {"bits": 8, "group": 128, "zero": 128}, BF16, "cpu_int4_pair", "1 to 4 bits, not 8"),
-    ("cpu_int8", {"bits": 8, "group": 128, "zero": 128}, BF16, "cpu_int4_pair", "not groups of 128"),
-    ("cpu_int8", {"bits": 8, "group": 256, "zero": 3}, BF16, "cpu_int4_pair", "a zero point of 3 do not fit"),
-    ("cpu_int8", {"bits": 8, "group": 256, "zero": None}, BF16, "cpu_int4_pair", "zero point per row"),
+    ("cpu_int4", {"bits": 4, "group": 128}, F32, "cpu_compiled", "bfloat16 activations only"),
+    ("cpu_int4", {"bits": 4, "group": 48}, BF16, "cpu_compiled", "multiples of 32, not 256 and 48"),
+    ("cpu_int4", {"bits": 4, "group": 128, "shape": (72, 256)}, BF16, "cpu_compiled", "multiple of 16, not 72"),
+    ("cpu_int4", {"bits": 4, "group": 128, "shape": (64, 172)}, BF16, "cpu_compiled", "multiples of 32, not 172"),
+    ("cpu_int4", {"bits": 4, "group": 128, "has_levels": True}, BF16, "cpu_compiled", "tables of levels"),
+    ("cpu_int4", {"bits": 8, "group": 128, "zero": 128}, BF16, "cpu_compiled", "1 to 4 bits, not 8"),
+    ("cpu_int8", {"bits": 8, "group": 128, "zero": 128}, BF16, "cpu_compiled", "not groups of 128"),
+    ("cpu_int8", {"bits": 8, "group": 256, "zero": 3}, BF16, "cpu_compiled", "a zero point of 3 do not fit"),
+    ("cpu_int8", {"bits": 8, "group": 256, "zero": None}, BF16, "cpu_compiled", "zero point per row"),
     (
         "cpu_int8",
         {"bits": 8, "group": 999, "shape": (64, 100), "zero": 128},
         BF16,
-        "cpu_decode",
+        "cpu_compiled",
         "multiple of 16, not 100",
     ),
-    ("cpu_int8", {"bits": 8, "group": 256, "zero": 1, "signed": True}, BF16, "cpu_int4_pair", "a zero point of 1 do"),
+    ("cpu_int8", {"bits": 8, "group": 256, "zero": 1, "signed": True}, BF16, "cpu_compiled", "a zero point of 1 do"),
     (
         "cpu_int4",
         {"bits": 8, "group": 64, "has_levels": True, "integer_bits": 5},
         BF16,
-        "cpu_int4_pair",
+        "cpu_compiled",
         "4 bits, not 5",
     ),
-    ("cpu_int4", {"bits": 4, "group": 64, "has_levels": True, "integer_bits": 4}, F32, "cpu_decode", "bfloat16"),
+    ("cpu_int4", {"bits": 4, "group": 64, "has_levels": True, "integer_bits": 4}, F32, "cpu_compiled", "bfloat16"),
     (
         "cpu_int4",
         {"bits": 4, "group": 64, "zero": 3, "has_levels": True, "integer_bits": 4},
         BF16,
-        "cpu_decode",
+        "cpu_compiled",
         "zero",
     ),
-    ("cpu_int4_pair", {"bits": 8, "group": 64, "has_micro": True}, BF16, "cpu_decode", "no micro-exponents"),
-    ("cpu_int4_pair", {"bits": 8, "group": 8, "zero": 128}, BF16, "cpu_decode", "multiples of 32, not 256 and 8"),
+    ("cpu_compiled", {"bits": 8, "group": 64, "has_micro": True}, BF16, "cpu_compiled", "no micro-exponents"),
+    ("cpu_compiled", {"bits": 8, "group": 8, "zero": 128}, BF16, "cpu_compiled", "multiples of 32, not 256 and 8"),
     ("triton", {"bits": 4, "group": 128}, BF16, "cpu_int4", "on GPUs only, the weight is on cpu"),
-    ("cpu_decode", {"bits": 4, "group": 128, "device": "mps"}, BF16, "reference", "the weight is on mps"),
+    ("cpu_compiled", {"bits": 4, "group": 128, "device": "mps"}, BF16, "reference", "the weight is on mps"),
 ]
 
 
@@ -622,7 +681,7 @@ def test_explain_works_on_meta() -> None:
     refused = "triton: refused, runs on GPUs only, the weight is on cpu"
     assert kernels.explain(weight, BF16) == f"cpu_int4: chosen\n{refused}"
     lines = kernels.explain(weight, F16).splitlines()
-    assert lines[0] == "cpu_decode: chosen"
+    assert lines[0] == "cpu_compiled: chosen"
     assert [line.split(", ")[0] for line in lines[1:3]] == ["triton: refused", "cpu_int4: refused"]
     assert kernels.explain(weight.facts("mps"), BF16).startswith("reference: chosen\n")
     with pytest.raises(ValueError, match="meta device"):

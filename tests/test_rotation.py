@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from architectures import make_checkpoint
 from safetensors.torch import load_file
 from test_pipeline import SMALL, quantize
+from test_scaling import plant
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llmquant import formats, pipeline, rotation
+from llmquant import card, formats, metrics, pipeline, rotation, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import PlanError
-from llmquant.plan import Plan
+from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
 from llmquant.rotation import RotatedCheckpoint, Rotation
 
@@ -147,3 +149,54 @@ def test_the_plan_says_what_untying_costs(tmp_path: Path) -> None:
     assert not plain.notes
     with pytest.raises(PlanError, match="rotation 'twice' is unknown"):
         plan("twice")
+
+
+# ---- which one
+
+
+@pytest.fixture(scope="module")
+def hidden(pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with outliers that a norm hides."""
+    return plant(pycode, tmp_path_factory.mktemp("hidden") / "model", 30.0)
+
+
+def test_a_trial_is_the_divergence_of_the_run_that_it_stands_for(pycode: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(pycode)
+    model = StreamedModel(checkpoint, dtype=torch.float32)
+    windows = verification.random_windows(model, 4, 32)
+    rows = make_plan(checkpoint, model, Recipe.uniform("int3:g32"), tmp_path / "out").rows
+    quantize(pycode, tmp_path / "out", "int3:g32")
+    reference, loaded = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (pycode, tmp_path / "out")
+    )
+    expected = metrics.divergence(reference, loaded, windows).mean
+    assert trial.divergence(model, rows, windows) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_rotation_is_chosen_where_weights_hide_outliers(pycode: Path, hidden: Path, tmp_path: Path) -> None:
+    def chosen(model: Path, **settings: Any) -> pipeline.Prepared:
+        job = pipeline.Job(
+            str(model), Recipe.uniform("int4:g32"), **{"calibration": None, "rotate": "auto", **settings}
+        )
+        return pipeline.prepare(job, tmp_path / "out")
+
+    plain, outliers, balanced = chosen(pycode), chosen(hidden), chosen(hidden, calibration=SMALL)
+    assert [one.job.rotate for one in (plain, outliers, balanced)] == ["none", "residual", "none"]
+    assert outliers.rotation is not None
+    found = outliers.rotation["divergences"]
+    assert list(found) == list(rotation.MODES)
+    assert found["residual"] < 0.3 * found["none"]
+    assert f"residual {found['residual']:.4f}" in outliers.plan.notes[-1]
+    assert balanced.rotation is not None
+    assert "scales are moved instead" in balanced.rotation["reason"]
+
+
+def test_what_is_chosen_is_noted_and_what_cannot_be_is_left_out(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "gpt2")
+    manifest = quantize(folder, tmp_path / "out", "int4:g16", rotate="auto")
+    assert manifest["settings"]["rotate"] == manifest["rotation"]["chosen"] == "none"
+    assert "ln_1 subtracts a mean" in manifest["rotation"]["refused"]["residual"]
+    assert "residual cannot be: " in card.text(manifest)
+    assert "--rotate" not in card.command(manifest)
+    assert trial.decide({"none": 1.0, "value": 0.9, "residual": 0.7})["chosen"] == "residual"
+    assert trial.decide({"none": 1.0, "value": 0.9, "residual": 1.1})["chosen"] == "none"

@@ -89,7 +89,7 @@ def test_awq_takes_the_power_of_least_error(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     job = pipeline.Job(str(folder), Recipe.uniform("int3:g16"), SMALL)
     prepared = pipeline.prepare(job, tmp_path / "unused")
-    windows = pipeline._windows(prepared, SMALL, pipeline.silent)[:3]  # the last of four is held out
+    windows = pipeline.shown_windows(prepared, SMALL, pipeline.silent)[:3]  # the last of four is held out
     attention, norm = model.model.layers[0].self_attn, model.model.layers[0].input_layernorm
     linears: list[nn.Linear] = [attention.q_proj, attention.k_proj, attention.v_proj]
     inputs: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from torch import Tensor
 
 import llmquant
 import llmquant_kernels as kernels
+from llmquant import formats
+from llmquant.linear import QuantLinear
 from llmquant.recipe import Recipe, Rule
 from llmquant_kernels import PackedWeight, TritonExperts
 
@@ -76,7 +79,7 @@ def check(weight: PackedWeight, exact: Tensor, dtype: torch.dtype, tokens: list[
     ends = torch.tensor(tokens).cumsum(0, dtype=torch.int32)
     parts: Any = tuple(getattr(prepared, name) for name in ("low", "high", "scale", "zero", "table", "row", "offset"))
     out = torch.full((len(x), spec.rows), torch.nan, dtype=dtype)
-    one = legal(Settings(*settings, 2), spec, Device())
+    one = legal(Settings(*settings, 2), spec, Device())  # type: ignore[call-arg]
     y = triton_ops.launch(x, parts, bias, spec, one, out, ends)
     assert y[int(ends[-1]) :].isnan().all()  # of no expert
     start = 0
@@ -144,7 +147,7 @@ def test_models_answer_as_with_each_expert_decoded(name: str, tmp_path: Path, mo
     tokens = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(1))
     calls = []
     linear = TritonExperts.linear
-    monkeypatch.setattr(TritonExperts, "linear", lambda self, *args: calls.append(args) or linear(self, *args))
+    monkeypatch.setattr(TritonExperts, "linear", lambda self, *args: calls.append(args) or linear(self, *args))  # type: ignore[func-returns-value]
     with torch.no_grad():
         together = model(tokens).logits
         model.set_experts_implementation("eager")
@@ -163,3 +166,30 @@ def test_experts_on_a_cpu_are_decoded_one_by_one() -> None:
             continue
         assert words in str(TritonExperts.refuses(facts, dtype))
     assert kernels.choose(facts, F16)[0] != ("" if INTERPRETED else "triton")
+
+
+@everywhere
+@pytest.mark.parametrize("spec", ["int4:g16", "nf4:g64", "fp8_e4m3:channel", "int4:g40"])
+def test_codes_are_held_once_and_saved_as_they_were(spec: str) -> None:
+    fmt = formats.get(spec).stored_for(F16)
+    layer = QuantLinear(fmt, 128, 32, bias=False, dtype=F16)
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
+    codes, grid = fmt.quantize(weight)
+    layer.load_state_dict(fmt.pack(codes, grid))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(2)).half()
+    y = layer(x)
+    held = [name for name, value in layer._buffers.items() if value is not None and value.is_meta]
+    assert held == ([] if spec == "int4:g40" else [name for name in ("weight", "weight_packed") if name in before])
+    for again in (layer, copy.deepcopy(layer)):
+        after = again.state_dict()
+        assert all(torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8)) for name in before)
+        torch.testing.assert_close(again(x), y)
+        torch.testing.assert_close(again.dequantize(), fmt.decode(codes, grid))
+    layer.keep_decoded = True
+    torch.testing.assert_close(layer(x), y, rtol=1e-2, atol=1e-2)
+    layer.float()
+    assert layer(x.float()).dtype == torch.float32
+    other, other_grid = fmt.quantize(-weight)
+    layer.load_state_dict(fmt.pack(other, other_grid))
+    torch.testing.assert_close(layer.dequantize(), fmt.decode(other, other_grid))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +100,13 @@ RECORD: dict[str, Any] = {
     "error": 1e-3,
     "others": {"cublas": 10.0, "tinygemm": None, "torchao": "RuntimeError: no"},
 }
+FAILED = {"kind": "int4", "shape": [4096, 4096], "rows": 2, "failed": "OutOfMemoryError: no"}
 
 
 def test_tables_of_the_bench() -> None:
     import bench_gpu
 
-    records = [RECORD, {**RECORD, "rows": 16, "others": {"cublas": 2.0}}, {**RECORD, "kind": "nf4", "rows": 16}]
+    records = [FAILED, RECORD, {**RECORD, "rows": 16, "others": {"cublas": 2.0}}, {**RECORD, "kind": "nf4", "rows": 16}]
     assert bench_gpu.table(records).splitlines() == [
         "| speed-up over cublas | 1 | 16 |",
         "|---|---|---|",
@@ -132,3 +135,64 @@ def test_the_plan_of_the_bench_needs_no_gpu() -> None:
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "int4 28672x8192, rows 1 2 4 8 16 32 64 128 256 2048" in found.stdout
     assert found.stdout.splitlines()[-1] == "100 cases"
+    command = [sys.executable, str(ROOT / "kernels" / "bench.py"), "--session", "--dry-run"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    said = found.stdout.splitlines()
+    assert said[0].startswith("int4 4096x4096, rows 1 16 64")
+    assert "experiment, rows 1: gemv 16x8 w8" in found.stdout
+    assert any(text.startswith("beside: gemlite ") for text in said)
+
+
+def test_records_are_on_the_disk_when_they_are_made(tmp_path: Path) -> None:
+    import bench_gpu
+
+    journal = bench_gpu.Journal(tmp_path / "results" / "gpu.json", {"device": "one"})
+    for number in range(2):
+        journal.note("records", {"number": number})
+        assert json.loads(journal.path.read_text())["records"][-1] == {"number": number}
+    assert [path.name for path in journal.path.parent.iterdir()] == ["gpu.json"]
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch, **contents: Any) -> None:
+    """A package that there is for the time of a test."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        made = types.ModuleType(".".join(parts[:i]))
+        made.__spec__ = ModuleSpec(made.__name__, None)
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    vars(made).update(contents)
+
+
+def test_others_are_given_the_weights_that_they_are_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the layouts that their sources document decoded by hand, in place of their kernels."""
+    import bench_gpu
+    import bench_rivals
+
+    def conch(x: Any, packed: Any, scale: Any, zero: Any, bits: int, bias: int, group: int) -> torch.Tensor:
+        assert (zero, bits, bias, group, packed.dtype) == (None, 4, 8, 128, torch.int32)
+        w = torch.empty(256, 24)
+        for k in range(256):
+            w[k] = ((packed[k // 8] >> 4 * (k % 8) & 15) - 8) * scale[k // 128].float()
+        return (x.float() @ w).to(x.dtype)
+
+    class Processor:
+        def __init__(self, device: str, dtype: torch.dtype) -> None:
+            assert (device, dtype) == ("cpu", torch.bfloat16)
+
+        def from_weights(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Any:
+            assert codes.numel() // scale.numel() == 128
+            w = (codes.float() - zero.float().repeat_interleave(128, 1)) * scale.float().repeat_interleave(128, 1)
+            return lambda x: (x.float() @ w.T).to(x.dtype)
+
+    module("conch.ops.quantization.gemm", monkeypatch, mixed_precision_gemm=conch)
+    module("gemlite.triton_kernels.config", monkeypatch, set_autotune=lambda mode: None)
+    module("gemlite.helper", monkeypatch, A16W4_HQQ_INT=Processor)
+    task, x = bench_rivals.Task("int4", (24, 256), 2, 1), torch.randn(3, 256).bfloat16()
+    for name in ("conch", "gemlite", "cublas"):
+        calls, exact = bench_rivals.ADAPTERS[name](task, x)
+        assert exact.shape == task.shape
+        assert bench_gpu.error_of(calls[0](), x, exact) < 5e-3, name
+    for wrong, name in ((task._replace(kind="mx6"), "conch"), (task._replace(shape=(24, 100)), "gemlite")):
+        with pytest.raises(bench_rivals.Skipped):
+            bench_rivals.ADAPTERS[name](wrong, x)
+    assert set(bench_rivals.versions()) == set(bench_rivals.ADAPTERS) - {"cublas", "tinygemm"}

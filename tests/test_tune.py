@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmquant import formats, pipeline, tune
+from llmquant import formats, pipeline, teacher, tune
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.output import OutputFolder
@@ -27,6 +27,7 @@ HELD = torch.tensor([False] * 4 + [True] * 2)
 FORMATS = (
     "int3:g32",
     "int4:g48:asym",
+    "int3:g48:asym_float",
     "mxfp4",
     "nvfp4",
     "mx6",
@@ -48,7 +49,8 @@ class Whole:
 
     def tune(self, **options: Any) -> tune.Tuned:
         vectors = dict.fromkeys(self.model.vectors(), torch.float32)
-        return tune.tune(self.model, self.matrices, vectors, WINDOWS, self.wanted, HELD, batch=2, **options)
+        taught = teacher.All(self.model, WINDOWS, list(self.wanted))
+        return tune.tune(self.model, self.matrices, vectors, WINDOWS, taught, HELD, batch=2, **options)
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def test_gradients_are_those_of_the_divergence_in_weights_and_vectors(
         return step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", note)
-    monkeypatch.setattr(tune, "_batches", lambda indices, batch, steps, seed: [torch.tensor([0, 2])])
+    monkeypatch.setattr(tune, "batches", lambda indices, batch, steps, seed: [torch.tensor([0, 2])])
     given.tune(steps=1)
     twin = decoded_twin(given, given.matrices)
     divergence(given.folder, twin, WINDOWS[[0, 2]]).backward()
@@ -162,7 +164,7 @@ def test_every_kind_of_format_stays_within_what_its_file_can_hold(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = iter((3.0, 2.0))
-    monkeypatch.setattr(tune._Run, "divergence", lambda run, chosen: next(looks))  # whatever comes of it is kept
+    monkeypatch.setattr(teacher.Pupil, "divergence", lambda pupil, chosen: next(looks))  # whatever comes of it is kept
     given = whole(make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32), spec)
     start = [module.get_parameter("weight").clone() for module in _linears(given)]
     tuned = given.tune(steps=3, rates=Rates(5.0, 3.0, 0.01))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu import CpuDecode, CpuInt4, CpuInt4Pair, CpuInt8
+from .cpu import CpuInt4, CpuInt8
+from .cpu_compiled import CpuCompiled
 from .reference import Reference, decode
 from .triton_backend import Triton, TritonExperts
 from .weight import Facts, PackedWeight, Prepared
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 # The first that does not refuse is taken. The last one refuses nothing but dtypes.
-BACKENDS: tuple[type[Prepared], ...] = (Triton, CpuInt4, CpuInt8, CpuInt4Pair, CpuDecode, Reference)
+BACKENDS: tuple[type[Prepared], ...] = (Triton, CpuInt4, CpuInt8, CpuCompiled, Reference)
 
 
 def choose(facts: Facts, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

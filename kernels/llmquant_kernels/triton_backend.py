@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .triton_layout import STRIP, lay_out
+from .triton_layout import STRIP, Spec, lay_out, packed_again
 from .weight import DTYPES, Facts, PackedWeight, Prepared
 
 
@@ -34,6 +34,7 @@ class Triton(Prepared):
         self.spec = layout.spec.text
         self.low, self.high, self.scale, self.zero = layout.low, layout.high, layout.scale, layout.zero
         self.table, self.row, self.offset = layout.table, layout.row, layout.offset
+        self.origin = layout.origin
         self.decoded = self.decode() if keep_decoded else None
 
     @classmethod
@@ -67,6 +68,9 @@ class Triton(Prepared):
         parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
         return self._linear(x, *parts, bias, self.spec)
 
+    def packed(self) -> Tensor | None:
+        return self.origin and packed_again(self.low, self.high, Spec.of(self.spec), self.origin)
+
     def decode(self) -> Tensor:
         """The weight (out, in) of ``self.dtype``."""
         parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
@@ -90,6 +94,7 @@ class TritonExperts:
         self.spec = layout.spec._replace(rows=self.shape[0]).text
         self.low, self.high, self.scale, self.zero = layout.low, layout.high, layout.scale, layout.zero
         self.table, self.row, self.offset = layout.table, layout.row, layout.offset
+        self.origin = layout.origin
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
@@ -105,3 +110,15 @@ class TritonExperts:
             raise RuntimeError(f"x must be (tokens, {self.shape[1]}), not {tuple(x.shape)}")
         parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
         return self._grouped(x, ends, *parts, bias, self.spec)
+
+    def packed(self, expert: int | None = None) -> Tensor | None:
+        """As `Prepared.packed`, of one expert or, stacked, of all."""
+        if self.origin is None:
+            return None
+        strips = -(-self.shape[0] // STRIP)
+        experts = len(self.low) // strips
+        start, stop = (0, experts) if expert is None else (expert, expert + 1)
+        spec = Spec.of(self.spec)._replace(rows=experts * strips * STRIP)
+        found = packed_again(self.low, self.high, spec, self.origin, start * strips, stop * strips)
+        found = found.unflatten(0, (stop - start, -1))[:, : self.shape[0]]
+        return found if expert is None else found[0]

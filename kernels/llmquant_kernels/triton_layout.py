@@ -80,6 +80,16 @@ class Spec(NamedTuple):
         return -(-self.layout_columns // STEP)
 
 
+class Origin(NamedTuple):
+    """The `packed` of a PackedWeight, but for its codes."""
+
+    bits: int
+    trits: bool
+    dtype: torch.dtype
+    width: int  # of a row, in numbers of dtype
+    codes: Tensor | None  # (2**bits of the layout,) uint8: the stored code of each; None: the same
+
+
 @dataclass(frozen=True)
 class Layout:
     """A weight for the kernels. Tensors that a format has no use for are None."""
@@ -92,6 +102,7 @@ class Layout:
     table: Tensor | None  # (padded rows or 1, 2**bits) float32; "row": (padded rows, 8) int32, see `table_bytes`
     row: Tensor  # (rows,) float32: what the products are multiplied by at the end
     offset: Tensor | None  # (rows, groups) float32: added to the weights of a group
+    origin: Origin | None  # how to make the weight's codes again; None where more than codes went into words
 
 
 def bits_of_numbers(numbers: str) -> int:
@@ -171,7 +182,7 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
     low, high = _parts(weight, numbers, spec)
     if table is not None and table.shape[0] > 1:
         table = functional.pad(table, (0, 0, 0, -table.shape[0] % STRIP))
-    return Layout(spec, low, high, words, zero, table, row.contiguous(), numbers.offset)
+    return Layout(spec, low, high, words, zero, table, row.contiguous(), numbers.offset, _origin(weight, numbers))
 
 
 def table_bytes(table: Tensor) -> Tensor:
@@ -401,6 +412,63 @@ def arrange(codes: Tensor, taken: range, spec: Spec) -> Tensor:
             words |= (codes[part] & mask) << shift if shift >= 0 else (codes[part] & mask) >> -shift
     words = words.to(torch.int8) if len(taken) == 1 else words
     return words.reshape(words.shape[0], words.shape[1], 512)
+
+
+# ---- and back
+
+
+def _origin(weight: PackedWeight, numbers: Numbers) -> Origin | None:
+    """Where two codes became one, another one comes back than was there: whoever relies on it must compare."""
+    back = None
+    if weight.micro is not None:
+        return None
+    if numbers.recode is not None:
+        back = torch.zeros(2 ** bits_of_numbers(numbers.name), dtype=torch.uint8, device=weight.packed.device)
+        back[numbers.recode.int()] = torch.arange(len(numbers.recode), dtype=torch.uint8, device=back.device)
+    return Origin(weight.bits, weight.trits, weight.packed.dtype, weight.packed.shape[1], back)
+
+
+def packed_again(
+    low: Tensor, high: Tensor | None, spec: Spec, origin: Origin, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """The rows of strips [start, stop) as the PackedWeight had them, but for what lay behind the last code of a row."""
+    stop = len(low) if stop is None else stop
+    size = max(1, CHUNK // spec.columns // STRIP)
+    if stop - start > size:
+        pieces = [(first, min(first + size, stop)) for first in range(start, stop, size)]
+        return torch.cat([packed_again(low, high, spec, origin, *piece) for piece in pieces])
+    bits = spec.bits
+    codes = _disarranged(low[start:stop], range(low_bits(bits)), spec)
+    if high is not None:
+        codes |= _disarranged(high[start:stop], range(low_bits(bits), bits), spec)
+    if spec.group != spec.padded:
+        codes = codes[:, : spec.layout_columns].unflatten(1, (-1, spec.padded))[..., : spec.group].flatten(1)
+    codes = codes[: spec.rows - STRIP * start, : spec.columns]
+    if origin.codes is not None:
+        codes = origin.codes[codes.int()]
+    if origin.trits:
+        codes = functional.pad(codes.short(), (0, -spec.columns % 5)).unflatten(1, (-1, 5))
+        data = sum(codes[..., j] * 3**j for j in range(5)).to(torch.uint8)
+    else:
+        codes = functional.pad(codes.long(), (0, -spec.columns % 8)).unflatten(1, (-1, 8))
+        eights = codes[..., 0].clone()
+        for j in range(1, 8):
+            eights |= codes[..., j] << (origin.bits * j)
+        data = eights.contiguous().view(torch.uint8).unflatten(1, (-1, 8))[..., : origin.bits].flatten(1)
+    size = origin.width * origin.dtype.itemsize
+    return functional.pad(data, (0, max(0, size - data.shape[1])))[:, :size].contiguous().view(origin.dtype)
+
+
+def _disarranged(words: Tensor, taken: range, spec: Spec) -> Tensor:
+    """What `arrange` was given: the bits `taken` of codes (padded rows, steps * 256) int16."""
+    parts, low, high = 8 if len(taken) == 1 else 16 // len(taken), low_bits(spec.bits), high_bits(spec.bits)
+    words = words.short().view(*words.shape[:2], 2, 8, 4, 2, 2, 2)
+    codes = torch.zeros(parts, *words.shape, dtype=torch.int16, device=words.device)
+    for part in range(parts):
+        for bit in taken:
+            codes[part] |= (words >> (place_of(spec.numbers, low, high, part, bit) % 16) & 1) << bit
+    codes = codes.permute(1, 7, 4, 2, 0, 3, 6, 5, 8)
+    return codes.reshape(STRIP * words.shape[0], -1)
 
 
 def pad_groups(x: Tensor, spec: Spec) -> Tensor:

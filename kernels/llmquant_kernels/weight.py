@@ -166,6 +166,13 @@ class Prepared(ABC):
         Raises TypeError where x has another dtype, RuntimeError (from torch) where its last dimension is not `in`.
         """
 
+    def packed(self) -> Tensor | None:
+        """The `packed` of the weight that this was made of, bit for bit, for its owner not to hold it too.
+
+        None where that cannot be made again, or where this holds the tensor itself.
+        """
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes that preparing added to those of the PackedWeight."""

@@ -139,6 +139,20 @@ def gaps(levels: Tensor) -> Tensor:
     return (levels[:, -1:] - levels[:, :1]) / (levels.shape[1] - 1)
 
 
+def between(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where x (out, in) lies among ascending levels (1 or out, K), as a real number, and the distance of the two next.
+
+    Beyond the ends the line through the last two goes on.
+    """
+    below = torch.searchsorted(levels.expand(len(x), -1).contiguous(), x.contiguous(), right=True).sub_(1)
+    below.clamp_(0, levels.shape[1] - 2)
+    each = levels.expand(len(x), -1)
+    low = each.gather(1, below)
+    gap = each.gather(1, below + 1) - low
+    gap = torch.where(gap > 0, gap, 1.0)  # a table may say a level twice
+    return (x - low).div_(gap).add_(below), gap
+
+
 class Format(ABC):
     """What codes mean. Instances are immutable values: equal specs are equal formats."""
 

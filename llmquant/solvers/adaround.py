@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import Format
+from llmquant.formats.base import between
 from llmquant.solvers.algebra import of_columns
 from llmquant.solvers.base import Solution
-from llmquant.solvers.block_tuning import between
 from llmquant.solvers.gptq import Ladder, solution
 from llmquant.stats import Stats
 

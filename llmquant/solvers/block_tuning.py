@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmquant.formats import Format, Grid
+from llmquant.formats.base import between
 from llmquant.solvers.algebra import of_columns
 from llmquant.solvers.base import Solution
 from llmquant.stats import energy
@@ -138,17 +139,3 @@ class Rounding:
         group = self.part.grid.group
         sums = functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group)).sum(-1)
         return sums.sum(0, keepdim=True) if len(self.part.grid.scale) == 1 else sums
-
-
-def between(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where x (out, in) lies among ascending levels (1 or out, K), as a real number, and the distance of the two next.
-
-    Beyond the ends the line through the last two goes on.
-    """
-    below = torch.searchsorted(levels.expand(len(x), -1).contiguous(), x.contiguous(), right=True).sub_(1)
-    below.clamp_(0, levels.shape[1] - 2)
-    each = levels.expand(len(x), -1)
-    low = each.gather(1, below)
-    gap = each.gather(1, below + 1) - low
-    gap = torch.where(gap > 0, gap, 1.0)  # a table may say a level twice
-    return (x - low).div_(gap).add_(below), gap

@@ -1,0 +1,150 @@
+"""Write docs/results.md: what is measured under eval/results, as tables.
+
+    python eval/tables.py docs/results.md
+
+Nothing in that page is written by hand: what is said there is said here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import compare
+import rotations
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Result = dict[str, Any]
+
+HEAD = """# Results
+
+What was measured, all of it: every table is made by `python eval/tables.py docs/results.md` of the JSON under
+`eval/results`, which holds versions, standard errors and conditions of each run too. KL is the divergence of the
+predictions from those of the unquantized model in float32, in nats a token, on held-out text; where several seeds ran,
+the mean, with half their range after the sign. A seed chooses other windows of calibration. CPU seconds are those of
+one thread of a busy machine, and tell orders, no more: on it the same run took up to twice as long as alone.
+
+`pycode` is the bundled model; `stories260K` has layers whose sides are no multiples of 32, which AutoRound leaves
+alone, so all methods do (÷32: 20 of 35 layers are quantized).
+"""
+RIVALS = """
+## Beside other quantizers
+
+128 windows of 512 tokens of real text to calibrate on, the same for all, and 128 others to measure on.
+
+```
+python eval/compare.py tests/assets/pycode --text pycode --formats int4:g32:sym int3:g32:sym int2:g32:sym \\
+    --seeds 0 1 2 --python gptqmodel=PYTHON --python auto-round=PYTHON ... --output eval/results/rivals.json
+python eval/compare.py stories260K --text tinystories_clean.json --only-divisible 32 ...
+```
+
+KL of `balanced` and `best` as a part of that of others, over the seeds that both ran:
+"""
+CALIBRATION = """
+## Calibration
+
+What `balanced` makes of other tokens: `text` is the model's own kind, `self` its own samples; `tinystories_clean.json`
+is the wrong text for `pycode`, and `pycode` for `stories260K`. `llmquant-balanced-unchecked` took the wrong text as it
+is (`--no-calibration-check`); `llmquant-balanced` noticed, and put the model's own samples in the place of half of it.
+
+```
+python eval/compare.py MODEL --text TEXT --methods llmquant-fast llmquant-balanced llmquant-balanced-unchecked \\
+    --calibration text self OTHER --calibration-windows 4 16 128 --output eval/results/calibration.json
+```
+
+Whether text is the wrong one is seen from the model: the cross-entropy of 4096 of its tokens, less the entropy of the
+model's predictions, is near 0 for text that it could have written, and above 0.5 the text is taken to be wrong. A model
+that was trained to answer rather than to continue may find plain text wrong, and loses little by it. Own samples need
+the whole model in memory: where there is no room, the run stops and says so, since what is left of such text alone may
+be worse than none.
+"""
+ROTATIONS = """
+## Rotations
+
+Rotations folded into the weights (`--rotate`), on the models as they are and with outliers planted that weights undo:
+five channels of every norm are 30 times as large, and the columns that read them are divided by it. All layers are
+quantized; `balanced` is shown 32 windows.
+
+```
+python eval/rotations.py tests/assets/pycode --text pycode --output eval/results/rotations.json
+python eval/rotations.py stories260K --text tinystories_clean.json --formats int4:g32 mxfp4 ...
+```
+"""
+CHOICE = """
+So `--rotate auto` chooses by what the run does otherwise. Where scales are moved out of norms (`gptq`, `awq`), outliers
+do no harm and it rotates nothing. Else it rounds the model to nearest each way, shows it 512 random tokens, and rotates
+where a fifth of the divergence goes. The folder notes the choice and both figures.
+"""
+
+
+def read(name: str) -> list[Result]:
+    path = RESULTS / name
+    return compare.read_results(path) if name != "rotations.json" else json.loads(path.read_text())["results"]
+
+
+def cell(values: Iterable[float]) -> str:
+    """The mean of some seeds, and half their range."""
+    found = sorted(values)
+    if not found:
+        return ""
+    return f"{fmean(found):.4f}" + (f" ± {(found[-1] - found[0]) / 2:.4f}" if len(found) > 1 else "")
+
+
+def grid(rows: list[Result], line: Callable[[Result], str], column: Callable[[Result], str], first: str) -> list[str]:
+    """KL, by a line and a column for each result."""
+    columns = sorted({column(row) for row in rows})
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        found.setdefault(line(row), {}).setdefault(column(row), []).append(row["kl"])
+    lines = [f"| {' | '.join([first, *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
+    for name, cells in sorted(found.items()):
+        shown = [cell(cells.get(place, [])) for place in columns]
+        lines.append(f"| {' | '.join([name, *shown])} |")
+    return lines
+
+
+def ratios(rows: list[Result], own: tuple[str, ...], others: tuple[str, ...]) -> list[str]:
+    """What part of the others' KL is left, over the seeds that both have."""
+    by_run: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        by_run.setdefault((row["model"], row["format"], row["method"]), {})[row["seed"]] = row["kl"]
+    pairs = [(mine, other) for mine in own for other in others]
+    headers = [f"{mine.removeprefix('llmquant-')} / {other}" for mine, other in pairs]
+    lines = [f"| {' | '.join(['model', 'format', *headers])} |", f"|{'---|' * (len(headers) + 2)}"]
+    for model, spec in sorted({(model, spec) for model, spec, _ in by_run}):
+        cells = []
+        for mine, other in pairs:
+            both = [by_run.get((model, spec, method), {}) for method in (mine, other)]
+            seeds = sorted(both[0].keys() & both[1].keys())
+            part = [fmean(some[seed] for seed in seeds) for some in both] if seeds else []
+            cells.append(f"{part[0] / part[1]:.2f} ({len(seeds)})" if part else "")
+        if any(cells):
+            lines.append(f"| {' | '.join([model, spec, *cells])} |")
+    return lines
+
+
+def page() -> str:
+    rivals = [row for row in read("rivals.json") if "kl" in row]
+    usual = [row for row in rivals if row["calibration_windows"] in (0, row["windows"])]
+    calibration = [row for row in read("calibration.json") if "kl" in row]
+    parts = [HEAD, RIVALS, *ratios(usual, ("llmquant-balanced", "llmquant-best"), ("gptqmodel", "auto-round"))]
+    for name in sorted({row["model"] for row in rivals}):
+        parts += ["", f"### {name}", "", compare.table([row for row in rivals if row["model"] == name])]
+    parts += [CALIBRATION]
+    for name in sorted({row["model"] for row in calibration}):
+        rows = [row for row in calibration if row["model"] == name]
+        parts += [f"### {name}", "", *grid(rows, _shown, lambda row: row["format"], "method and what it was shown"), ""]
+    parts += [ROTATIONS, rotations.table(read("rotations.json")), CHOICE]
+    return "\n".join(parts)
+
+
+def _shown(row: Result) -> str:
+    return f"{row['method']}: {row['calibration']}, {row['calibration_windows']} windows"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page())
