@@ -74,6 +74,7 @@ FORBIDDEN = {
     "scaling": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "cpu_loops": ["*"],
+    "ranks": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"} - {"stats"}),
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "phases": ["*"],
@@ -128,6 +129,7 @@ def test_every_room_has_its_rule() -> None:
     rooms = {path.relative_to(ROOT / "llmquant").parts[0].removesuffix(".py") for path in PACKAGE}
     assert rooms - set(FORBIDDEN) == {
         "__init__",
+        "__main__",
         "cli",
         "cli_check",
         "cli_exchange",
@@ -141,6 +143,10 @@ def test_only_one_room_touches_the_private_loading_api() -> None:
     private = ("transformers.core_model_loading", "transformers.conversion_mapping")
     users = {path.name for path in SOURCES if any(name.startswith(private) for name in imports(path))}
     assert users == {"blocks.py"}
+
+
+def test_only_one_room_knows_of_other_processes() -> None:
+    assert {path.name for path in SOURCES if "torch.distributed" in path.read_text()} == {"ranks.py"}
 
 
 def test_nothing_unpickles() -> None:
