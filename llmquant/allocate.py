@@ -376,11 +376,9 @@ class Search:
         """Of what a few tries find to be within the divergence `most`, the smallest; costs are corrected in between."""
         allowed = most - base
         best: Pick | None = None
-        tried: set[tuple[int, ...]] = set()
-        while len(tried) < ROUNDS and (choice := solve(costs, self.nbytes, allowed)) is not None:
-            if choice.picks in tried:
+        for _ in range(ROUNDS):
+            if (choice := solve(costs, self.nbytes, allowed)) is None:
                 break
-            tried.add(choice.picks)
             found = self.divergence(choice.picks)
             if found <= most and (best is None or choice.value < best.nbytes):
                 best = Pick(choice.picks, choice.value, base + choice.cost, choice.gap)

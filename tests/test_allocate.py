@@ -241,7 +241,7 @@ def test_the_smallest_size_with_a_divergence(llama: Path, tmp_path: Path) -> Non
     for how, most in (("kl", 0.002), ("fisher", 0.0005)):
         budget = Budget(kl=most, formats=SPECS, sensitivity=how)
         facts = pipeline.quantize(prepared(llama, tmp_path / how, budget), tmp_path / how)
-        assert 0.5 * most < facts["allocation"]["measured_kl"] <= most
+        assert 0.25 * most < facts["allocation"]["measured_kl"] <= most
         bits.append(facts["bits_per_weight"])
     assert bits[0] < bits[1]
     impossible = Budget(kl=1e-9, formats=SPECS[:2])
