@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import llmquant.linear  # noqa: F401  (brings the loops of cpu_compiled)
+import llmquant.formats  # noqa: F401  (brings the loops of cpu_compiled)
 import llmquant_kernels as kernels
 from llmquant_kernels import Facts, PackedWeight
 from llmquant_kernels.cpu_compiled import ROWS as ROWS_COMPILED
