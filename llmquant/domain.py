@@ -59,7 +59,7 @@ def excess(
     each = torch.cat(found)
     finite = each[each.isfinite()]
     if not len(finite):
-        raise DataError("the model's logits are not finite on the calibration text: check its weights")
+        raise DataError("the model's logits are not finite on the calibration text: try --dtype float32")
     return float(finite.double().mean())
 
 

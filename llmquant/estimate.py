@@ -2,7 +2,8 @@
 
 Memory counts what cannot be dropped and read again: pages of the checkpoint's files are not in it. Every part is what
 the code that needs it holds at its peak; the parts that follow one another do not add up. Time is scaled up from three
-short measurements on the machine: fitting a format, a product in float32, one in the model's type.
+short measurements on the machine: fitting a format, a product in float32, one in the model's type. They count this
+thread's time, so the estimate is that of a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SQUARES = 7  # matrices (in, in) in float32: the two sums, the damped one, and t
 JUDGED = 1 / 8  # share of the windows that are held out
 CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
+TRIED = 14 * 64  # tokens that go through a block in float32 to find where scales can be moved
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
 
 
@@ -84,10 +86,12 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     largest = max(row.weights for row in rows)
     packed = max(sum(row.nbytes for row in block) for block in blocks)
     dense = max(sum(row.weights for row in block) for block in blocks) * model.dtype.itemsize
-    rounding = 12 * largest + packed + (outside if blocks[-1] else 0)  # float32, searched in pieces, and codes
+    codes = max(sum(row.weights for row in block) for block in blocks)
+    writing = codes + packed + 8 * largest  # a block beside the one that is solved: packed, read back and unpacked
+    rounding = 12 * largest + codes + (outside if blocks[-1] else 0)  # float32, searched in pieces
     check = 8 * largest + dense
     if not work.tokens:
-        return BASE + max(rounding, check)
+        return BASE + max(rounding + writing, check)
     width, hidden = max(row.target.shape[1] for row in rows), text_config(model.config).hidden_size
     tokens = 4 * hidden * HELD + 2 * 4 * width * HELD  # held out of the sums: two streams of inputs, and the debt
     passing = work.batch * (2 * 4 * width + 8 * hidden * model.dtype.itemsize)  # inputs in float32, both streams
@@ -105,7 +109,7 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     tuning = outside + work.means.nbytes if work.means else 0
     together = max(_together([row for row in block if row.rule.solver in TUNERS], work.batch) for block in blocks)
     solving += together + (work.tokens * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
-    return BASE + curves + max(rounding, check, solving + passing + states, backward, tuning)
+    return BASE + curves + max(rounding + writing, check, solving + writing + passing + states, backward, tuning)
 
 
 def _together(rows: list[Row], tokens: int) -> int:
@@ -151,6 +155,7 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)
     high_operations *= 2 * 2 * work.tokens / 2  # two inputs are shared
     high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
+    high_operations += 2 * TRIED * weights
     return total + low * low_operations + flop(torch.float32) * high_operations
 
 
@@ -190,7 +195,7 @@ def _fitting(rows: Sequence[Row]) -> float:
             def fit(w: torch.Tensor = w, row: Row = row, clip: Any = clip) -> object:
                 return SOLVERS["rtn"](w, None, row.format, clip=clip)
 
-            measured[known] = _timed(fit, 1) / w.numel()
+            measured[known] = _timed(fit, 2) / w.numel()
         total += measured[known] * row.weights * (2 if row.rule.solver in CALIBRATED else 1)
     return total
 
@@ -202,10 +207,10 @@ def flop(dtype: torch.dtype) -> float:
 
 
 def _timed(work: Callable[[], object], repeats: int) -> float:
-    """The shortest time of a few, in seconds: the first has more to do, and others disturb."""
+    """The shortest time of a few, in seconds of this thread: the first has more to do, and others disturb."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.thread_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     return min(times)

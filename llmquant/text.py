@@ -453,7 +453,7 @@ def _fill(model: PreTrainedModel, tokens: Tensor, draws: Tensor, script: list[in
         place = (place + (~free | repeated | torch.isin(token, stops)).long() + repeated.long()) % len(parts)
         yield column + 1
     if not finite.all():  # asked once, at the end: each look at the device costs a stop
-        raise DataError("the model's logits are not finite, so it cannot write calibration text: check its weights")
+        raise DataError("the model's logits are not finite, so it cannot write calibration text: try --dtype float32")
 
 
 def cache_word(model: PreTrainedModel) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import make_checkpoint
+from safetensors.torch import load_file, save_file
 from test_pipeline import quantize
 from torch import Tensor
 
 from llmquant import calibration, cli, formats, recovery
 from llmquant.errors import DataError
 from llmquant.pipeline import Calibration
+from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import SOLVERS, Solution, algebra, gptq, loops, recoveries
 from llmquant.stats import Stats
 
@@ -177,6 +180,27 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, mon
     spoilt(monkeypatch, 100)
     with pytest.raises(DataError, match=r"q_proj.*NaN or Inf"):
         quantize(model, tmp_path / "never", "int4:g16", calibration=shown)
+
+
+def test_a_block_that_overflows_in_float16_stops_the_run_with_a_remedy(
+    tmp_path: Path,
+) -> None:
+    """Before anything is solved; and where nobody has looked at the whole model's predictions, in the next block."""
+    model = make_checkpoint(tmp_path / "model", "llama", dtype=torch.float16)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].mul_(1e5).clamp_(-6e4, 6e4)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    save_file({"tokens": torch.randint(3, 300, (8, 32))}, tmp_path / "tokens.safetensors")
+    shown = Calibration(str(tmp_path / "tokens.safetensors"), samples=8, batch=4)
+    with pytest.raises(DataError, match=r"logits are not finite.*--dtype float32"):
+        quantize(model, tmp_path / "out", "int4:g16", calibration=shown)
+    unseen = replace(shown, curvature=0.0, check=False)
+    with pytest.raises(DataError, match=r"model\.layers\.2\.self_attn\..*NaN or Inf.*--dtype float32"):
+        quantize(model, tmp_path / "out", "int4:g16", calibration=unseen)
+    assert not (tmp_path / "out").exists()
+    rounding = Recipe((Rule("*", "int4:g16", "rtn"),))
+    manifest = quantize(model, tmp_path / "wide", rounding, calibration=unseen, dtype=torch.float32)
+    assert all(tensor["dropped"] == 0 for tensor in manifest["tensors"])
 
 
 def test_the_exit_code_tells(

@@ -78,6 +78,27 @@ def test_a_model_without_blocks_that_run_is_compared_by_its_weights(tmp_path: Pa
     assert "is not quantized, but differs" in found.problems[0]
 
 
+def test_one_block_of_each_model_is_in_memory(quantized: Path, pycode: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, unload = StreamedModel.load_block, StreamedModel.unload_block
+    loaded: dict[int, list[int]] = {}
+    most: list[int] = []
+
+    def loading(self: StreamedModel, block: int) -> torch.nn.Module:
+        loaded.setdefault(id(self), []).append(block)
+        most.append(sum(map(len, loaded.values())))
+        return load(self, block)
+
+    def unloading(self: StreamedModel, block: int) -> None:
+        loaded[id(self)].remove(block)
+        unload(self, block)
+
+    monkeypatch.setattr(StreamedModel, "load_block", loading)
+    monkeypatch.setattr(StreamedModel, "unload_block", unloading)
+    assert not verify(quantized, pycode, tokens(2, 16)).problems
+    assert len(most) == 2 * 6
+    assert max(most) <= 2
+
+
 # ---- damage that hashes do not show
 
 
