@@ -98,7 +98,7 @@ def quantize(
         progress=progress,
     )
     manifest = pipeline.quantize(prepared, Path(output), overwrite=overwrite, verify=verify, progress=progress)
-    if report:
+    if report and prepared.ranks.first:
         describe(Path(output))
     return manifest
 

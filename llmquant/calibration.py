@@ -6,7 +6,7 @@ each linear is calibrated on the inputs it will really get. Only one block is in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from llmquant.experts import Watch
 from llmquant.matrices import Target
 from llmquant.offload import room
 from llmquant.phases import phase
+from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stats import EXPERT_BYTES, HELD, Stats, energy
 
 FEW = 4  # windows from which one is held out
@@ -31,7 +32,10 @@ FEW_HELD = 256  # held-out tokens of an expert below which those of the other ex
 
 @dataclass
 class Streams:
-    """The hidden states that enter the next block, batch by batch, and how the blocks are called."""
+    """The hidden states that enter the next block, batch by batch, and how the blocks are called.
+
+    Of many processes each has its own batches, every count-th of all: so all goes in turns.
+    """
 
     model: StreamedModel
     reference: list[Tensor]
@@ -39,6 +43,10 @@ class Streams:
     tokens: list[Tensor]
     calls: list[list[Call]]  # per batch, per block
     held: list[bool]  # per batch: whether its tokens stay out of all sums, to judge solutions on
+    batches: list[Tensor]  # of all processes: the numbers of their windows
+    summed: int  # of those batches, the first, that are not held out
+    shape: torch.Size  # of the windows of all
+    ranks: Ranks = SINGLE
     _in_place: bool = False  # hidden states are written over, where they lie
     _seen: Seen | None = None  # of the block at hand
 
@@ -51,23 +59,25 @@ class Streams:
         batch: int,
         progress: Callable[[int, int], None],
         offload: Path | None = None,
+        ranks: Ranks = SINGLE,
     ) -> Streams:
         """Embed windows (n, length) int64. Loads the parts outside the blocks, and lets go of them again.
 
         The last eighth of the windows is held out, and one of a few. offload: a folder in which the hidden states of
         both streams lie, on the CPU whatever the model's device, instead of in memory.
         """
-        streams = cls(model, [], [], [], [], [])
+        numbers, summed = torch.arange(len(windows)), summed_windows(len(windows))
+        batches = [*numbers[:summed].split(batch), *(numbers[summed:].split(batch) if summed < len(windows) else ())]
+        streams = cls(model, [], [], [], [], [], batches, -(-summed // batch), windows.shape, ranks)
         model.load_outside()
-        summed = summed_windows(len(windows))
-        batches = [*windows[:summed].split(batch), *(windows[summed:].split(batch) if summed < len(windows) else ())]
-        streams.held = [index >= -(-summed // batch) for index in range(len(batches))]
-        for tokens in batches:
+        for numbers in streams.numbers():
+            tokens = windows[numbers]
+            streams.held.append(int(numbers[0]) >= summed)
             streams.tokens.append(tokens)
             hidden, calls = model.embed(tokens.to(model.device))
             streams.reference.append(hidden if offload is None else _written(hidden, offload))
             streams.calls.append(streams._shared(calls))
-            progress(sum(map(len, streams.reference)), len(windows))
+            progress(int(numbers[-1]) + 1, len(windows))
         model.unload_outside()
         # Both streams enter the first block alike.
         streams.quantized = [hidden if offload is None else _written(hidden, offload) for hidden in streams.reference]
@@ -82,7 +92,27 @@ class Streams:
 
     def held_windows(self) -> Tensor:
         """Which windows are held out, (n,) bool."""
-        return torch.tensor([held for held, part in zip(self.held, self.reference, strict=True) for _ in part])
+        return torch.tensor([index >= self.summed for index, part in enumerate(self.batches) for _ in part])
+
+    def in_order(self, piece: Callable[[int], Parcel]) -> Iterator[tuple[bool, Parcel]]:
+        """(held out, what `piece` makes of it) for every batch of all processes. piece: of one of this process's own.
+
+        All processes have to go through all of it.
+        """
+        for start in range(0, len(self.batches), self.ranks.count):
+            turn = start // self.ranks.count
+            own = piece(turn) if turn < len(self.calls) else Parcel()
+            found = self.ranks.each(own)[: len(self.batches) - start]
+            yield from ((start + number >= self.summed, parcel) for number, parcel in enumerate(found))
+
+    def gathered(self) -> list[Tensor]:
+        """The hidden states of the reference of every window (length, hidden), those of all processes."""
+        parcels = self.in_order(lambda i: Parcel(None, {"states": self.reference[i]}))
+        return [states for _, parcel in parcels for states in parcel.tensors["states"]]
+
+    def numbers(self) -> list[Tensor]:
+        """The numbers of the windows in each of this process's batches."""
+        return self.batches[self.ranks.rank :: self.ranks.count]
 
     @phase("forward")
     def advance(self, block: int, swap: WeightSwap) -> None:
@@ -134,7 +164,7 @@ class Streams:
                 for handle in handles:
                     handle.remove()
             for key, stage in stages.items():
-                own = hidden if stage.carrier is BLOCK_INPUT else None
+                own = hidden if stage.carrier == BLOCK_INPUT else None
                 carried = inputs.get(stage.carrier) if isinstance(stage.carrier, nn.Module) else own
                 seen.inputs[key, i] = inputs.get(self.model.module(stage.targets[0])), carried
             if seen.nbytes() * len(self.calls) > SEEN_BYTES * (i + 1):
@@ -149,46 +179,53 @@ class Streams:
     def _run(self, block: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         return self.model.run_block(block, hidden.to(self.model.device), calls[block])
 
-    def statistics(self, block: int, stage: Stage, swap: WeightSwap) -> Iterator[tuple[Target, Stats]]:
-        """Every target of a stage with the statistics of its input, in order."""
+    def statistics(
+        self, block: int, stage: Stage, swap: WeightSwap, wanted: Container[str] | None = None
+    ) -> Iterator[tuple[Target, Stats]]:
+        """Every target of a stage, or those whose names are wanted, with the statistics of its input, in order.
+
+        All processes have to go through all of it, whatever each wants.
+        """
+        mine = {target.name for target in stage.targets} if wanted is None else wanted
         if stage.targets[0].expert is not None:
-            yield from self._of_experts(block, stage, swap)
+            yield from self._of_experts(block, stage, swap, mine)
         else:
             stats = self._of_linears(block, stage, swap)
-            yield from ((target, stats) for target in stage.targets)
+            yield from ((target, stats) for target in stage.targets if target.name in mine)
 
     @phase("statistics")
     def _of_linears(self, block: int, stage: Stage, swap: WeightSwap) -> Stats:
         """Statistics of the input that the linears of a stage share."""
-        stats = Stats.empty(stage.targets[0].shape[1], self.model.device)
+        stats = self._empty(stage.targets[0])
+        for held, parcel in self.in_order(lambda i: self._into_linears(block, stage, swap, i)):
+            self._add(stats, held, parcel.tensors)
+        return self._judged(stats, stage)
+
+    def _into_linears(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> Parcel:
+        """What enters the linears of a stage in a batch: x and x_ref (.., in); debt (.., out), where there is one."""
         seen = self._seen_of(block)
-        for i, calls in enumerate(self.calls):
-            if (id(stage), i) in seen.inputs:
-                x_ref, carried_ref = seen.inputs[id(stage), i]
-            else:
-                reference = self.reference[i].to(self.model.device)
-                with swap.original():
-                    x_ref, carried_ref = self.inputs(block, stage, reference, calls[block])
-            x, carried = self.inputs(block, stage, self.quantized[i].to(self.model.device), calls[block])
-            if x is None or x_ref is None:
-                continue
-            if stage.scale is not None:
-                x_ref = x_ref / stage.scale
-            debt = None if carried is None or carried_ref is None else carried_ref - carried
-            if x[..., 0].numel() != self.quantized[i][..., 0].numel():
-                x_ref, debt = x, None  # an expert in a module of its own: other tokens may be sent to it in either
-            if self.held[i]:
-                stats.hold(x, x_ref, debt, most=HELD // sum(self.held))
-            else:
-                stats.update(x, x_ref, debt)
-        self._judge(stats, stage)
-        return stats
+        if (id(stage), i) in seen.inputs:
+            x_ref, carried_ref = seen.inputs[id(stage), i]
+        else:
+            reference = self.reference[i].to(self.model.device)
+            with swap.original():
+                x_ref, carried_ref = self.inputs(block, stage, reference, self.calls[i][block])
+        x, carried = self.inputs(block, stage, self.quantized[i].to(self.model.device), self.calls[i][block])
+        if x is None or x_ref is None:
+            return Parcel()
+        if x[..., 0].numel() != self.quantized[i][..., 0].numel():
+            return Parcel(None, {"x": x, "x_ref": x})  # an expert as a module: other tokens may be sent to it in either
+        if stage.scale is not None:
+            x_ref = x_ref / stage.scale
+        if carried is None or carried_ref is None:
+            return Parcel(None, {"x": x, "x_ref": x_ref})
+        return Parcel(None, {"x": x, "x_ref": x_ref, "debt": carried_ref - carried})
 
     @phase("forward")
     def inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """What enters a stage, and the residual stream that its output is added to, where it is."""
         found: list[Tensor] = []
-        carried = [hidden] if stage.carrier is BLOCK_INPUT else []
+        carried = [hidden] if stage.carrier == BLOCK_INPUT else []
 
         def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(args[0])
@@ -215,66 +252,80 @@ class Streams:
 
         What lies outside must be loaded. None where text does not come through it.
         """
-        stats = Stats.empty(target.shape[1], self.model.device)
-        for i, tokens in enumerate(self.tokens):
+
+        def piece(i: int) -> Parcel:
             found: list[Tensor] = []
 
             def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
-                found.append(args[0])  # noqa: B023 (called below, and never again)
+                found.append(args[0])
                 raise _SeenEnough
 
             for stream in (self.reference, self.quantized):
                 handle = self.model.module(target).register_forward_pre_hook(catch)
                 try:
-                    self.model.logits(tokens, stream[i].to(self.model.device))
+                    self.model.logits(self.tokens[i], stream[i].to(self.model.device))
                 except _SeenEnough:
                     pass
                 finally:
                     handle.remove()
-            if len(found) < 2:
-                return None
-            self._add(stats, i, found[1], found[0])
-        self._judge(stats, Stage([target]))
-        return stats
+            return Parcel(None, dict(zip(("x_ref", "x"), found, strict=True)) if len(found) == 2 else {})
 
-    def _of_experts(self, block: int, stage: Stage, swap: WeightSwap) -> Iterator[tuple[Target, Stats]]:
+        stats = self._empty(target)
+        for held, parcel in self.in_order(piece):
+            if not parcel.tensors:
+                return None
+            self._add(stats, held, parcel.tensors)
+        return self._judged(stats, Stage([target]))
+
+    def _of_experts(
+        self, block: int, stage: Stage, swap: WeightSwap, mine: Container[str]
+    ) -> Iterator[tuple[Target, Stats]]:
         """Each expert with the statistics of the tokens sent to it, and of all where those are few.
 
         As many experts at a time as their tokens may take memory.
         """
         columns, device = stage.targets[0].shape[1], self.model.device
         rest = {target.expert or 0: target for target in stage.targets}
-        everything = Stats.empty(columns, device)
+        everything = self._empty(stage.targets[0])
         first = True
         while rest:
-            tokens: dict[int, list[tuple[int, Tensor, Tensor]]] = {expert: [] for expert in rest}
-            for i in range(len(self.calls)):
-                for expert, (x, x_ref) in self._into_experts(block, stage, swap, i).items():
+            tokens: dict[int, list[tuple[bool, dict[str, Tensor]]]] = {expert: [] for expert in rest}
+            for held, parcel in self.in_order(lambda i: self._into_experts(block, stage, swap, i)):
+                for expert in parcel.facts:
+                    found = {name: parcel.tensors[f"{expert} {name}"] for name in ("x", "x_ref")}
                     if first:
-                        self._add(everything, i, x, x_ref)
+                        self._add(everything, held, found)
                     if expert in tokens:
-                        tokens[expert].append((i, x, x_ref))
+                        tokens[expert].append((held, found))
                 while len(tokens) > 1 and _nbytes(tokens) > EXPERT_BYTES:
                     del tokens[max(tokens)]
+            if first:
+                self._judged(everything, stage)
             first = False
             for expert in list(tokens):
+                pieces, target = tokens.pop(expert), rest.pop(expert)
+                if target.name not in mine:
+                    continue
                 own = Stats.empty(columns, device)
-                for piece in tokens.pop(expert):
-                    self._add(own, *piece)
-                yield rest.pop(expert), own.blended(everything, FEW_HELD)
-        self._judge(everything, stage)
+                for held, found in pieces:
+                    self._add(own, held, found)
+                yield target, own.blended(everything, FEW_HELD)
+
+    def _empty(self, target: Target) -> Stats:
+        return Stats.empty(target.shape[1], self.model.device, (self.ranks.rank, self.ranks.count))
 
     @phase("statistics")
-    def _add(self, stats: Stats, i: int, x: Tensor, x_ref: Tensor) -> None:
-        """Tokens of batch i to the sums, or to those held out."""
-        if self.held[i]:
-            stats.hold(x, x_ref, most=HELD // sum(self.held))
-        else:
-            stats.update(x, x_ref)
+    def _add(self, stats: Stats, held: bool, found: dict[str, Tensor]) -> None:
+        """Tokens of a batch to the sums, or to those held out. found: x, x_ref and debt, as far as there are any."""
+        if found and held:
+            stats.hold(**found, most=HELD // (len(self.batches) - self.summed))
+        elif found:
+            stats.update(**found)
 
     @phase("forward")
-    def _into_experts(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """What enters each expert of a parameter in batch i, in both streams: {expert: (x, x_ref) (tokens, in)}.
+    def _into_experts(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> Parcel:
+        """What enters each expert of a parameter in batch i, in both streams: the experts, and "expert x" and
+        "expert x_ref" (tokens, in).
 
         In the reference every expert is shown the tokens that the quantized stream sends to it: its router is not
         asked, which would send some elsewhere.
@@ -319,7 +370,9 @@ class Streams:
         found = run(self.quantized, remember)
         with swap.original():
             reference = run(self.reference, repeat)
-        return {expert: (x, reference[expert]) for expert, x in found.items()}
+        pairs = {"x": found, "x_ref": reference}
+        tensors = {f"{expert} {name}": xs[expert] for expert in found for name, xs in pairs.items()}
+        return Parcel(list(found), tensors)
 
     @phase("forward")
     def output(self, block: int, name: str, hidden: Tensor, call: Call) -> Tensor:
@@ -345,10 +398,11 @@ class Streams:
 
         curvature (blocks, b, b): G along the diagonal, of the loss in the block's outputs; None: the identity.
         """
-        total, tokens = 0.0, 0
+        own: list[tuple[float, int]] = []
         outputs = self._seen_of(block).outputs
         for i in range(len(self.calls)):
             if not self.held[i]:
+                own.append((0.0, 0))
                 continue
             if i not in outputs:
                 with swap.original():
@@ -356,9 +410,9 @@ class Streams:
             found = self._run(block, self.quantized[i], self.calls[i])
             error = (found - outputs[i]).flatten(0, -2).float()
             error = error[torch.isfinite(error).all(-1)]
-            tokens += len(error)
-            total += _in_metric(error, curvature)
-        return total / max(1, tokens)
+            own.append((_in_metric(error, curvature), len(error)))
+        totals, tokens = zip(*self.ranks.interleaved(own), strict=True)
+        return sum(totals) / max(1, sum(tokens))
 
     @phase("forward")
     def outputs(self, block: int, swap: WeightSwap) -> list[Tensor]:
@@ -372,8 +426,8 @@ class Streams:
     def gradient(
         self, block: int, batch: int, wanted: Tensor, targets: list[Target]
     ) -> tuple[float, dict[str, Tensor]]:
-        """Of one batch that is not held out: the mean square of what the block's outputs, as it is now, lack of
-        `wanted`, and the gradient of its sum in the weights (out, in) of `targets`, by name.
+        """Of one of this process's batches that is not held out: the mean square of what the block's outputs, as it is
+        now, lack of `wanted`, and the gradient of its sum in the weights (out, in) of `targets`, by name.
         """
         weights = [self.model.model.get_parameter(target.parameter) for target in targets]
         try:
@@ -394,7 +448,8 @@ class Streams:
         }
         return float(loss.detach()) / max(1, error.numel()), by_name
 
-    def _judge(self, stats: Stats, stage: Stage) -> None:
+    def _judged(self, stats: Stats, stage: Stage) -> Stats:
+        """The sums of all processes, if not too many tokens had to be left out of them."""
         names = ", ".join(target.name for target in stage.targets)
         if stats.dropped > MAX_DROPPED * (stats.tokens + stats.dropped):
             raise DataError(
@@ -402,6 +457,9 @@ class Streams:
                 "NaN or Inf: the model overflows in its own type; try --dtype float32, or --quality fast, which needs "
                 "no calibration"
             )
+        for total in stats.sums():
+            self.ranks.spread(total)
+        return stats
 
 
 def summed_windows(count: int) -> int:
@@ -431,8 +489,8 @@ class _SeenEnough(Exception):
     """Ends a block's forward pass once the wanted input was seen."""
 
 
-def _nbytes(tokens: dict[int, list[tuple[int, Tensor, Tensor]]]) -> int:
-    return sum(x.nbytes + x_ref.nbytes for pieces in tokens.values() for _, x, x_ref in pieces)
+def _nbytes(tokens: dict[int, list[tuple[bool, dict[str, Tensor]]]]) -> int:
+    return sum(x.nbytes for pieces in tokens.values() for _, found in pieces for x in found.values())
 
 
 def _in_metric(error: Tensor, curvature: Tensor | None) -> float:
@@ -475,11 +533,15 @@ def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:
         if target.expert is not None:
             stacks.setdefault(target.parameter, []).append(target)
     run = _Discovery(model, block, modules, stacks)
-    for hidden, calls in zip(streams.reference, streams.calls, strict=True):
-        run.batch(hidden.to(model.device), calls[block])
-        if run.missing == 0:
+    for index in range(len(streams.batches)):
+        batch, process = divmod(index, streams.ranks.count)
+        if mine := process == streams.ranks.rank:
+            run.batch(streams.reference[batch].to(model.device), streams.calls[batch][block])
+        found = streams.ranks.sent(process, Parcel([run.named(stage) for stage in run.found] if mine else None))
+        run.found = [run.stage(*named) for named in found.facts]
+        if not run.missing:
             break
-    return [stage for _, stage in run.found]
+    return run.found
 
 
 class _Discovery:
@@ -489,12 +551,30 @@ class _Discovery:
         self, model: StreamedModel, block: int, modules: dict[nn.Module, Target], stacks: dict[str, list[Target]]
     ) -> None:
         self.model, self.block, self.modules, self.stacks = model, block, modules, stacks
-        self.found: list[tuple[Tensor, Stage]] = []
-        self.missing = len(modules) + len(stacks)
+        self.found: list[Stage] = []
+        self.targets = model.targets(block)
+
+    @property
+    def missing(self) -> int:
+        """How many linears, and parameters with experts, no stage has yet."""
+        reached = {target.parameter for stage in self.found for target in stage.targets}
+        return len(self.modules) + len(self.stacks) - len(reached)
+
+    def named(self, stage: Stage) -> tuple[list[str], str | None]:
+        """A stage in words that every process understands: its targets, and what carries its residual stream."""
+        names = {module: name for name, module in self.model.model.named_modules()}
+        carrier = names[stage.carrier] if isinstance(stage.carrier, nn.Module) else stage.carrier
+        return [target.name for target in stage.targets], carrier
+
+    def stage(self, targets: list[str], carrier: str | None) -> Stage:
+        """The stage that was named so."""
+        parts = [self.targets[name] for name in targets]
+        known = carrier is None or carrier == BLOCK_INPUT
+        return Stage(parts, carrier if known else self.model.model.get_submodule(str(carrier)))
 
     def batch(self, hidden: Tensor, call: Call) -> None:
         """Run a batch, and add the stages that none before reached."""
-        known = {target.name for _, stage in self.found for target in stage.targets}
+        known = {target.name for stage in self.found for target in stage.targets}
         stacks = {name: targets for name, targets in self.stacks.items() if targets[0].name not in known}
         new: list[tuple[Tensor, Stage]] = []
         outputs: dict[str, Tensor] = {}
@@ -529,9 +609,9 @@ class _Discovery:
         finally:
             for handle in handles:
                 handle.remove()
-        _find_carriers([stage for _, stage in new], outputs, hidden, inputs, result)
-        self.missing -= sum(1 if stage.targets[0].expert is not None else len(stage.targets) for _, stage in new)
-        self.found += new
+        stages = [stage for _, stage in new]
+        _find_carriers(stages, outputs, hidden, inputs, result)
+        self.found += stages
 
 
 def _find_carriers(

@@ -30,6 +30,7 @@ from llmquant.cli_common import (
     print_lines,
     progress_bar,
     size,
+    speaks,
 )
 from llmquant.errors import LlmquantError, PlanError
 from llmquant.phases import overhead
@@ -37,7 +38,8 @@ from llmquant.phases import overhead
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 wrong command line; 3 the model cannot be read; 4 the plan cannot be "
     "carried out; 5 the output folder cannot be used; 6 calibration or evaluation text cannot be used; 7 verification "
-    "failed; 8 done, but numbers went wrong in places, and the summary says what was done about it; 130 interrupted."
+    "failed; 8 done, but numbers went wrong in places, and the summary says what was done about it; 9 another process "
+    "of the same job is gone; 130 interrupted."
 )
 app = typer.Typer(
     help="Quantize the weights of a large language model, load it, and measure what was lost.",
@@ -56,7 +58,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LlmquantError as error:
-        notes.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        if speaks(str(error)):
+            notes.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -158,7 +161,7 @@ def quantize(
     import torch
     from transformers.utils import logging
 
-    from llmquant import api, pipeline
+    from llmquant import api, pipeline, ranks
     from llmquant.allocate import assignments
     from llmquant.description import describe
     from llmquant.exchange.export import check, export
@@ -193,7 +196,7 @@ def quantize(
         budget=budget,
         trust_remote_code=trust_remote_code,
     )
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json or not speaks()) as progress:
         prepared = pipeline.prepare(
             job,
             folder,
@@ -202,6 +205,7 @@ def quantize(
             max_memory=bytes_named(max_memory),
             progress=progress,
         )
+    first = prepared.ranks.first
     if text and not prepared.model.causal:
         raise PlanError(f"{model}: --eval measures causal language models only, and this is none")
     exported = folder.with_name(f"{folder.name}-{to}")
@@ -209,19 +213,25 @@ def quantize(
         for rows in assignments(prepared):
             matrices = tuple(Matrix(row.target, row.key, row.format) for row in rows)
             check(Model(prepared.checkpoint, prepared.checkpoint.config(), prepared.model.model, matrices), to)
-        check_usable(exported, overwrite=overwrite)
+        if first:
+            check_usable(exported, overwrite=overwrite)
     if dry_run:
-        _print_plan(prepared.plan, as_json)
+        if first:
+            _print_plan(prepared.plan, as_json)
         return
     # Before the work, so that a text that cannot be used is not found out after it.
-    evaluation = text and api.evaluation_windows(model, text, "documents", None, None, trust_remote_code)
+    evaluation = first and text and api.evaluation_windows(model, text, "documents", None, None, trust_remote_code)
     start = time.monotonic()
     try:
-        with progress_bar(as_json) as progress:
+        with progress_bar(as_json or not first) as progress:
             manifest = pipeline.quantize(prepared, folder, overwrite=overwrite, verify=not no_verify, progress=progress)
     except KeyboardInterrupt:
-        notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
+        if first:
+            notes.print(f"interrupted: what is done is kept in {folder}.partial; repeat the same command to resume")
         raise
+    ranks.leave()
+    if not first:
+        return
     summary = _summary(manifest, folder, time.monotonic() - start)
     if to is not None:
         said = export(folder, exported, to, overwrite=overwrite)

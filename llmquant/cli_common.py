@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,15 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
             bar.update(tasks[total], description=what, completed=done)
 
         yield report
+
+
+def speaks(failure: str | None = None) -> bool:
+    """Whether this process talks to the user, where torchrun has started several: the first, or of a failure one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from llmquant import ranks
+
+    return os.environ.get("RANK", "0") == "0" if failure is None else ranks.speaks(failure)
 
 
 def dtype_named(name: str | None) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from llmquant.calibration import Streams
 from llmquant.errors import PlanError
 from llmquant.experts import Watch
 from llmquant.offload import room
+from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stats import finite_rows
 
 CHUNK_BYTES = 2**26  # of float32 logits that exist at once
@@ -65,6 +67,7 @@ def curvature(
     full_limit: int = 512,
     spill: Path | None = None,
     memory: int = 2**32,
+    ranks: Ranks = SINGLE,
     progress: Callable[[int, int], None] = _silent,
 ) -> dict[str, Curvature]:
     """G of the output of every target and of every block, by name, in the model's order.
@@ -74,25 +77,34 @@ def curvature(
     windows: (n, length) int64; batch: how many of them run at once, which does not change the labels drawn.
     block: rows of a block of G; up to full_limit rows, G is one block.
     spill: a folder for the hidden states that enter the blocks, should they need more than `memory` bytes.
-    progress: blocks passed, of all; every block is passed twice.
+    ranks: the processes that share the windows; all of them get G. progress: blocks passed, of all; every block is
+    passed twice.
     Nothing of the model is loaded before, or after. Raises PlanError where blocks hand on more than hidden states, and
     OutputError where those cannot be written to `spill`.
     """
-    states, calls = _start(model, windows, batch, spill, memory)
-    depth = len(calls)
-    for index in range(depth):
-        with _loaded(model, index):
-            _forward(model, index, states[index], states[index + 1], calls[index])
-        progress(index + 1, 2 * depth)
-    _head(model, windows, states[depth], seed)
+    depth = len(model.block_names)
+    streams = Streams.start(model, windows, batch, _silent, ranks=ranks)
+    failed = None
+    try:
+        states, calls = _room(streams, spill, memory)
+        for index in range(depth):
+            with _loaded(model, index):
+                _forward(model, index, states[index], states[index + 1], calls[index])
+            progress(index + 1, 2 * depth)
+    except PlanError as error:
+        failed = str(error)
+    for parcel in ranks.each(Parcel(failed)):  # by which all come to know it
+        if parcel.facts is not None:
+            raise PlanError(parcel.facts)
+    _head(streams, states[depth], seed)
+    width = max(ranks.interleaved([states[0][0].shape[-1] if states[0] else 0]))  # some may have no windows
     found: dict[str, Curvature] = {}
     for index in reversed(range(depth)):
         targets = model.targets(index).values()
-        sizes = {target.name: target.shape[0] for target in targets}
-        sizes[model.block_names[index]] = states[index + 1][0].shape[-1]
+        sizes = {target.name: target.shape[0] for target in targets} | {model.block_names[index]: width}
         sums = {name: _Sum(size, block, full_limit, model.device) for name, size in sizes.items()}
         with _loaded(model, index):
-            _backward(model, index, states[index], states[index + 1], calls[index], sums)
+            _backward(streams, index, states[index], states[index + 1], calls[index], sums)
         found = {**{name: total.mean() for name, total in sums.items() if total.tokens}, **found}
         progress(2 * depth - index, 2 * depth)
     return found
@@ -115,24 +127,26 @@ def load(path: Path) -> dict[str, Curvature]:
     return {name: Curvature(tensors[name], *tensors[f"{name}/counts"].tolist()) for name in names}
 
 
-def _start(
-    model: StreamedModel, windows: Tensor, batch: int, spill: Path | None, memory: int
-) -> tuple[list[tuple[Tensor, ...]], list[list[Call]]]:
+def _room(streams: Streams, spill: Path | None, memory: int) -> tuple[list[tuple[Tensor, ...]], list[list[Call]]]:
     """Room for the hidden states that enter each block and leave the last one, and how each is called: by batch.
 
     Those that enter the first block are in place. All are views of one tensor (blocks + 1, n, length, hidden).
     """
-    streams = Streams.start(model, windows, batch, _silent)
-    sizes, shape = [len(hidden) for hidden in streams.reference], streams.reference[0].shape
-    if len(shape) != 3 or sum(sizes) != len(windows):
-        raise PlanError(f"{model.block_names[0]}: its hidden states, {tuple(shape)}, are not (batch, tokens, size)")
-    depth = len(model.block_names)
-    shape, dtype = torch.Size((depth + 1, *windows.shape, shape[2])), streams.reference[0].dtype
+    depth, sizes = len(streams.model.block_names), [len(hidden) for hidden in streams.reference]
+    if not sizes:
+        return [()] * (depth + 1), [[]] * depth
+    shape, dtype = streams.reference[0].shape, streams.reference[0].dtype
+    if len(shape) != 3 or sizes != [len(tokens) for tokens in streams.tokens]:
+        name = streams.model.block_names[0]
+        raise PlanError(f"{name}: its hidden states, {tuple(shape)}, are not (batch, tokens, size)")
+    shape = torch.Size((depth + 1, sum(sizes), *shape[1:]))
     states = [
         part.split(sizes) for part in room(shape, dtype, spill if shape.numel() * dtype.itemsize > memory else None)
     ]
     for entering, hidden in zip(states[0], streams.reference, strict=True):
         entering.copy_(hidden)
+    streams.reference.clear()
+    streams.quantized.clear()
     return states, [[of_batch[index] for of_batch in streams.calls] for index in range(depth)]
 
 
@@ -166,17 +180,19 @@ def _tensors(part: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def _head(model: StreamedModel, windows: Tensor, states: tuple[Tensor, ...], seed: int) -> None:
+def _head(streams: Streams, states: tuple[Tensor, ...], seed: int) -> None:
     """Replace the hidden states that leave the last block by the gradients of the loss there.
 
     What comes after the blocks treats each token by itself, so it can run on any piece of a window.
     """
     # Drawn in advance, for all tokens: the labels then depend neither on the device nor on how tokens are batched.
-    draws = 1 - torch.rand(windows.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    model, generator = streams.model, torch.Generator().manual_seed(seed)
+    draws = 1 - torch.rand(streams.shape, dtype=torch.float64, generator=generator)
     length = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
-    single = [window for of_batch in states for window in of_batch.split(1)]
+    batches = zip(streams.tokens, states, (draws[numbers] for numbers in streams.numbers()), strict=True)
+    single = [window for parts in batches for window in zip(*(part.split(1) for part in parts), strict=True)]
     model.load_outside()
-    for window in zip(windows.split(1), single, draws.split(1), strict=True):
+    for window in single:
         for tokens, hidden, draw in zip(*(part.split(length, dim=1) for part in window), strict=True):
             with torch.enable_grad():
                 leaf = hidden.to(model.device).detach().requires_grad_()
@@ -199,7 +215,7 @@ def _sample(logits: Tensor, draws: Tensor) -> Tensor:
 
 
 def _backward(
-    model: StreamedModel,
+    streams: Streams,
     index: int,
     before: tuple[Tensor, ...],
     after: tuple[Tensor, ...],
@@ -208,35 +224,46 @@ def _backward(
 ) -> None:
     """Replace the hidden states `before` a block by their gradients, given those of what leaves it in `after`.
 
-    On the way the gradients of the outputs of linears, and of the block, are added to `sums`, {name: sum}.
+    On the way the gradients of the outputs of linears, and of the block, of all processes, are added to `sums`, {name:
+    sum}, those of one batch after the other.
     """
+    model = streams.model
     targets = model.targets(index).values()
+    parts: dict[str, _Sum] = {}  # of one batch
     linears = {target.name: model.module(target) for target in targets if target.expert is None}
-    handles = [part.register_forward_hook(partial(_watch, sums[name])) for name, part in linears.items()]
+    handles = [part.register_forward_hook(partial(_watch, parts, name)) for name, part in linears.items()]
     stacks = {t.parameter: model.model.get_parameter(t.parameter) for t in targets if t.expert is not None}
 
     def multiplied(name: str, expert: int | None, transposed: bool, x: Tensor, y: Tensor) -> None:
         if y.requires_grad:
-            y.register_hook(partial(_add_experts, sums, name, expert))
+            y.register_hook(partial(_add_experts, parts, name, expert))
+
+    def piece(i: int) -> Parcel:
+        parts.update({name: total.empty() for name, total in sums.items()})
+        parts[model.block_names[index]].add(after[i])
+        with torch.enable_grad():
+            leaf = before[i].to(model.device).detach().requires_grad_()
+            with Watch(stacks, multiplied):
+                output = model.run_block(index, leaf, calls[i])
+            (gradient,) = torch.autograd.grad(output, leaf, after[i].to(output))
+        before[i].copy_(gradient)
+        seen = {name: part for name, part in parts.items() if part.tokens or part.dropped}
+        counts = {name: (part.tokens, part.dropped) for name, part in seen.items()}
+        return Parcel(counts, {name: part.blocks for name, part in seen.items()})
 
     try:
-        for entering, leaving, call in zip(before, after, calls, strict=True):
-            sums[model.block_names[index]].add(leaving)
-            with torch.enable_grad():
-                leaf = entering.to(model.device).detach().requires_grad_()
-                with Watch(stacks, multiplied):
-                    output = model.run_block(index, leaf, call)
-                (gradient,) = torch.autograd.grad(output, leaf, leaving.to(output))
-            entering.copy_(gradient)
+        for _, parcel in streams.in_order(piece):
+            for name, blocks in parcel.tensors.items():
+                sums[name].include(blocks, *parcel.facts[name])
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _watch(total: _Sum, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+def _watch(sums: dict[str, _Sum], name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     """A forward hook: have the gradient of the output added as soon as it is known, so that it is not kept."""
     if output.requires_grad:
-        output.register_hook(total.add)
+        output.register_hook(sums[name].add)
 
 
 def _add_experts(sums: dict[str, _Sum], name: str, expert: int | None, gradient: Tensor) -> None:
@@ -266,6 +293,18 @@ class _Sum:
             g = nn.functional.pad(g, (0, short))
         g = g.unflatten(1, (count, width)).transpose(0, 1)
         self.blocks += g.mT @ g
+
+    def empty(self) -> _Sum:
+        """Such a sum over nothing."""
+        found = copy(self)
+        found.tokens, found.dropped, found.blocks = 0, 0, torch.zeros_like(self.blocks)
+        return found
+
+    def include(self, blocks: Tensor, tokens: int, dropped: int) -> None:
+        """Add what another sum is over."""
+        self.blocks += blocks
+        self.tokens += tokens
+        self.dropped += dropped
 
     def mean(self) -> Curvature:
         blocks = (self.blocks / (self.tokens * LOSS_SCALE**2)).float()

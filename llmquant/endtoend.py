@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from llmquant import teacher, tune
 from llmquant.blocks import StreamedModel
@@ -16,14 +17,19 @@ from llmquant.calibration import Streams
 from llmquant.estimate import Row
 from llmquant.job import Prepared, Progress
 from llmquant.output import CALIBRATION, LEAN, OutputFolder
-from llmquant.saving import matrices, moved_vectors, save_block
+from llmquant.saving import matrices, moved_vectors, save_block, written
 from llmquant.solvers import Solution
 from llmquant.solving import Result
 from llmquant.stats import energy, ratio
 
 
-def tune_all(prepared: Prepared, folder: OutputFolder, streams: Streams, progress: Progress) -> dict[str, Any]:
-    """Train all blocks together, and write them anew where that was for the better. Returns what is noted of it."""
+def tune_all(
+    prepared: Prepared, folder: OutputFolder, streams: Streams, wanted: list[Tensor], progress: Progress
+) -> dict[str, Any]:
+    """Train all blocks together, and write them anew where that was for the better. Returns what is noted of it.
+
+    wanted: of every window what leaves the last block in the reference, (length, hidden). One process does all of it.
+    """
     model, job = prepared.model, prepared.job
     places = [*range(len(model.block_names)), None]
     parts = range(len(places), 2 * len(places))
@@ -33,17 +39,17 @@ def tune_all(prepared: Prepared, folder: OutputFolder, streams: Streams, progres
         assert means is not None
         with whole(model):
             for block in places[:-1]:
-                for _, parameter, value in moved_vectors(prepared, folder, block):
+                for _, parameter, value in moved_vectors(prepared, written(folder, block)):
                     parameter.data = value
             tuned = tune.tune(
                 model,
                 [matrix for block in places for matrix in _leaning(prepared, folder, block)],
                 {name: prepared.checkpoint.dtype(key) for name, key in vectors.items()},
                 windows,
-                teacher.All(model, windows, [states for part in streams.reference for states in part]),
+                teacher.All(model, windows, wanted),
                 streams.held_windows(),
                 steps=job.tuning,
-                batch=len(streams.reference[0]),
+                batch=len(streams.batches[0]),
                 rates=tune.Rates() if means.shifts else tune.Rates(shift=0.0),
                 recompute=means.recompute,
                 seed=job.seed,
@@ -88,7 +94,8 @@ def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Ite
     """The quantized matrices of a block, with what their solutions said beyond that."""
     kept = folder.partial / LEAN.format(block)
     leans = load_file(kept, device=str(prepared.model.device)) if kept.is_file() else {}
-    for matrix in matrices(prepared, folder, block):
+    part = len(prepared.model.block_names) if block is None else block
+    for matrix in matrices(prepared, block, written(folder, part).tensors):
         yield replace(matrix, lean=leans.get(matrix.target.name))
 
 

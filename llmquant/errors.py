@@ -7,7 +7,8 @@
     │   └── ScaleOverflow    4  a scale does not fit its stored type
     ├── OutputError          5  the output folder cannot be used: not writable, full, something else's
     ├── DataError            6  calibration or evaluation text cannot be used: empty, too short, unreadable
-    └── VerificationError    7  what was read back is not what was written, or a loaded folder is incomplete
+    ├── VerificationError    7  what was read back is not what was written, or a loaded folder is incomplete
+    └── RankError            9  another process of the same job is gone
 
 0 is success, 1 an unexpected failure (a bug: please report it), 2 a wrong command line, 8 success with recoveries
 (recovery.py), 130 an interrupt.
@@ -48,3 +49,7 @@ class DataError(LlmquantError):
 
 class VerificationError(LlmquantError):
     exit_code = 7
+
+
+class RankError(LlmquantError):
+    exit_code = 9

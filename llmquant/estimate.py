@@ -61,7 +61,8 @@ class Work:
 
     batch: tokens that go through a block at once; curvature: the share of the tokens over which a backward pass goes;
     sampled: whether the model writes the tokens; checked: tokens of text that are looked at before; tuning: steps of
-    end-to-end tuning, and means, how it is done; offload: hidden states on disk.
+    end-to-end tuning, and means, how it is done; offload: hidden states on disk; ranks: processes, which share the
+    tokens.
     """
 
     tokens: int = 0
@@ -72,6 +73,7 @@ class Work:
     tuning: int = 0
     means: Means | None = None
     offload: bool = False
+    ranks: int = 1
 
 
 def of_blocks(rows: Sequence[Row]) -> list[list[Row]]:
@@ -101,14 +103,15 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     curves = 0
     if work.curvature:
         curves = sum(4 * 32 * row.target.shape[0] for row in rows)  # G in blocks of 32, of every matrix
-    states = 0 if work.offload else 2 * work.tokens * hidden * model.dtype.itemsize
+    share = -(-work.tokens // work.ranks)
+    states = 0 if work.offload else 2 * share * hidden * model.dtype.itemsize
     backward = 0
     if work.curvature and not work.offload:
-        backward = int(work.curvature * work.tokens) * (len(blocks) + 1) * hidden * model.dtype.itemsize
+        backward = int(work.curvature * share) * (len(blocks) + 1) * hidden * model.dtype.itemsize
     backward += 4 * work.batch * sum(sum(row.target.shape) for row in blocks[0]) if work.curvature else 0
     tuning = outside + work.means.nbytes if work.means else 0
     together = max(_together([row for row in block if row.rule.solver in TUNERS], work.batch) for block in blocks)
-    solving += together + (work.tokens * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
+    solving += together + (share * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
     return BASE + curves + max(rounding + writing, check, solving + writing + passing + states, backward, tuning)
 
 
@@ -156,7 +159,7 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     high_operations *= 2 * 2 * work.tokens / 2  # two inputs are shared
     high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
     high_operations += 2 * TRIED * weights
-    return total + low * low_operations + flop(torch.float32) * high_operations
+    return total + (low * low_operations + flop(torch.float32) * high_operations) / work.ranks
 
 
 def _share(model: StreamedModel, row: Row) -> float:

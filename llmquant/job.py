@@ -15,6 +15,7 @@ from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError
 from llmquant.plan import Plan
+from llmquant.ranks import SINGLE, Ranks
 from llmquant.recipe import Recipe
 from llmquant.version import __version__
 
@@ -127,6 +128,7 @@ class Prepared:
     length: int
     rotation: dict[str, Any] | None = None  # how it was chosen, if that was left open
     offload: Path | None = None  # where the hidden states of calibration lie, if not in memory
+    ranks: Ranks = SINGLE  # the processes that do it together
 
 
 def loading(job: Job) -> dict[str, Any]:

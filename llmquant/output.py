@@ -242,6 +242,10 @@ class OutputFolder:
             self._note(record)
         self.records[part] = record
 
+    def keeps(self, name: str) -> bool:
+        """Whether an earlier run has left what `kept` would return."""
+        return name in self._kept
+
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `make` returns; in a run that is taken up again, what it returned the first time. name: KEPT + ..."""
         self.settle()  # there is one journal

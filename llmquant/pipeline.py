@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -39,6 +40,7 @@ from llmquant.matrices import loader_of
 from llmquant.output import ALLOCATION, CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.phases import phase, timed
 from llmquant.plan import Plan, make_plan, with_recipe
+from llmquant.ranks import SINGLE, Parcel, Ranks, join
 from llmquant.recipe import Recipe
 from llmquant.saving import restore, save_block, stored, stored_name
 from llmquant.scaling import Scales
@@ -69,12 +71,16 @@ def prepare(
     memory. max_memory: bytes, beyond which the plan is refused. Neither changes a byte of the result.
     To rotate a model, its weights are read too: whether it can be is tried.
     """
-    check_usable(output, overwrite=overwrite)
+    ranks = join(job.device)
+    if ranks.first:
+        check_usable(output, overwrite=overwrite)
     if offload is not None and not offload.is_dir():
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     turning = partial(progress, "rotate")
     base = Checkpoint(locate(job.model))
-    chosen = _rotation(job, base, output, progress) if job.rotate == rotation.AUTO else None
+    chosen = None
+    if job.rotate == rotation.AUTO:
+        chosen = ranks.alone(partial(_rotation, job, base, output, progress)).facts
     job = job if chosen is None else replace(job, rotate=chosen["chosen"])
     checkpoint, model = rotation.opened(base, job.rotate, job.seed, dtype=job.dtype, progress=turning, **loading(job))
     calibration = job.calibration
@@ -85,18 +91,32 @@ def prepare(
             "those only: use --quality fast, which reads weights only"
         )
     if (shown := _seen(job)) is not None and model.causal:
-        length = _length(model.config, shown)
-    work, budget = _work(job, length, offload), job.budget
+        length = ranks.alone(partial(_length, model.config, shown)).facts
+    work, budget = _work(job, length, offload, ranks), job.budget
     recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget)
-    plan = make_plan(checkpoint, model, recipe, output, work, max_memory)
+    plan = make_plan(checkpoint, model, recipe, output if ranks.first else None, work, max_memory)
     if budget is not None:
         plan = allocate.planned(plan, checkpoint, model, job.recipe, budget, max_memory)
+    ranks.agree(_decisive(job, checkpoint, plan))
     if chosen is not None:
         plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))
-    return Prepared(job, checkpoint, model, plan, length, chosen, offload)
+    return Prepared(job, checkpoint, model, plan, length, chosen, offload, ranks)
 
 
-def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> dict[str, Any]:
+def _decisive(job: Job, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """What must be the same for all processes for their results to be."""
+    return {
+        **{key: value for key, value in job.settings(checkpoint).items() if key != "source"},
+        "the plan": plan.modules(),
+        "the bytes of the model": plan.bytes_before,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "the processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> Parcel:
     """Which rotation, and why: by a trial of each, but where scales are moved, which holds outliers and costs less.
 
     Measured with `balanced`: eval/results/rotations.json.
@@ -104,7 +124,7 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> d
     calibrated = job.calibration is not None
     rules = job.recipe.settled(calibrated).rules
     if any(rule.solver in SCALED for rule in rules if rule.format is not None):
-        return {"chosen": "none", "reason": "scales are moved instead, which holds outliers and costs less"}
+        return Parcel({"chosen": "none", "reason": "scales are moved instead, which holds outliers and costs less"})
     found: dict[str, float] = {}
     refused: dict[str, str] = {}
     for mode in rotation.MODES:
@@ -117,11 +137,11 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> d
             refused[mode] = str(error)
             continue
         if not model.causal:
-            return {"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"}
+            return Parcel({"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"})
         rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
         windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
         found[mode] = trial.divergence(model, rows, windows, step)
-    return trial.decide(found) | ({"refused": refused} if refused else {})
+    return Parcel(trial.decide(found) | ({"refused": refused} if refused else {}))
 
 
 def _seen(job: Job) -> Calibration | None:
@@ -129,7 +149,7 @@ def _seen(job: Job) -> Calibration | None:
     return SHOWN if job.calibration is None and job.budget is not None else job.calibration
 
 
-def _work(job: Job, length: int, offload: Path | None) -> Work:
+def _work(job: Job, length: int, offload: Path | None, ranks: Ranks) -> Work:
     calibration = job.calibration
     if calibration is None:
         return Work()
@@ -141,6 +161,7 @@ def _work(job: Job, length: int, offload: Path | None) -> Work:
         checked=min(domain.TOKENS, calibration.samples * length) if calibration.checked else 0,
         tuning=job.tuning,
         offload=offload is not None,
+        ranks=ranks.count,
     )
 
 
@@ -155,49 +176,77 @@ def quantize(
     are "phases", seconds by what was done, and "behind", those of the writing that went on beside it.
 
     A KeyboardInterrupt leaves OUTPUT.partial, which the same call takes up again.
+    Of several processes the first has the folder; all return when it is done.
     """
-    job, model = prepared.job, prepared.model
-    blocks = len(model.block_names)
-    tuned = prepared.plan.tuning
-    settings = {**job.settings(prepared.checkpoint), "codes_tuned": tuned is not None and tuned.shifts}
-    with timed() as seconds, OutputFolder(output, settings, overwrite=overwrite) as folder:
+    settings = prepared.job.settings(prepared.checkpoint)
+    settings["codes_tuned"] = prepared.plan.tuning is not None and prepared.plan.tuning.shifts
+    if not prepared.ranks.first:
+        return _quantize(prepared, None, verify, silent)
+    with OutputFolder(output, settings, overwrite=overwrite) as folder:
+        return _quantize(prepared, folder, verify, progress)
+
+
+def _quantize(prepared: Prepared, folder: OutputFolder | None, verify: bool, progress: Progress) -> dict[str, Any]:
+    ranks, blocks = prepared.ranks, len(prepared.model.block_names)
+    with timed() as seconds:
         prepared, allocation = _allocated(prepared, folder, progress)
-        plan = prepared.plan
+        solved = set(ranks.alone(lambda: Parcel(list(folder.records) if folder else [])).facts)
         streams, curves = _calibrate(prepared, folder, progress)
         places = _places(prepared)
         for block in range(blocks):
-            if block not in folder.records or streams is not None:
-                _do_block(prepared, folder, block, streams, curves, places, progress)
-        if blocks not in folder.records:
+            if block not in solved or streams is not None:
+                _do_block(prepared, folder, block, block in solved, streams, curves, places, progress)
+        if blocks not in solved:
             results = solve_outside(prepared, streams)
-            folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
-        folder.settle()
-        tuning: dict[str, Any] = {}
-        if streams is not None and job.tuning:
-            with phase("tune", whole=True):
-                tuning = tune_all(prepared, folder, streams, progress)
-        progress("finish", plan.weights, plan.weights)
-        with phase("finish", whole=True):
-            folder.assemble(result_config(prepared), prepared.checkpoint.companions())
-            manifest = {**result_manifest(prepared, folder), **tuning}
-            if allocation:
-                folder.write_json(RECIPE, allocation["recipe"])
-                manifest["allocation"] = allocation
-        timeless: dict[str, Any] = {}
-        if verify:
-            with phase("verify", whole=True):
-                found = _verify(prepared, folder, manifest, progress)
-            manifest["verification"] = found.to_json()
-            timeless = {"verification": found.to_json() | {"seconds": found.seconds}}
-        with phase("finish", whole=True):
-            folder.finish(manifest)
-    return manifest | timeless | {"phases": dict(seconds), "behind": folder.behind}
+            if folder is not None:
+                folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
+        wanted = streams.gathered() if streams is not None and prepared.job.tuning else None
+        ended = ranks.alone(partial(_finish, prepared, folder, streams, wanted, allocation, verify, progress))
+    return ended.facts | {"phases": dict(seconds), "behind": 0.0 if folder is None else folder.behind}
+
+
+def _finish(
+    prepared: Prepared,
+    folder: OutputFolder | None,
+    streams: Streams | None,
+    wanted: list[Tensor] | None,
+    allocation: dict[str, Any] | None,
+    verify: bool,
+    progress: Progress,
+) -> Parcel:
+    """What the first process does when all blocks are solved: the manifest. wanted: what leaves the last one in the
+    reference, for tuning.
+    """
+    assert folder is not None
+    plan = prepared.plan
+    folder.settle()
+    tuning: dict[str, Any] = {}
+    if streams is not None and wanted is not None:
+        with phase("tune", whole=True):
+            tuning = tune_all(prepared, folder, streams, wanted, progress)
+    progress("finish", plan.weights, plan.weights)
+    with phase("finish", whole=True):
+        folder.assemble(result_config(prepared), prepared.checkpoint.companions())
+        manifest = {**result_manifest(prepared, folder), **tuning}
+        if allocation:
+            folder.write_json(RECIPE, allocation["recipe"])
+            manifest["allocation"] = allocation
+    timeless: dict[str, Any] = {}
+    if verify:
+        with phase("verify", whole=True):
+            found = _verify(prepared, folder, manifest, progress)
+        manifest["verification"] = found.to_json()
+        timeless = {"verification": found.to_json() | {"seconds": found.seconds}}
+    with phase("finish", whole=True):
+        folder.finish(manifest)
+    return Parcel(manifest | timeless)
 
 
 def _do_block(
     prepared: Prepared,
-    folder: OutputFolder,
+    folder: OutputFolder | None,
     block: int,
+    solved: bool,
     streams: Streams | None,
     curves: dict[str, Tensor],
     places: Iterator[list[Place]],
@@ -205,7 +254,8 @@ def _do_block(
 ) -> None:
     """Solve a block, or take what an earlier run left of it; have it written; advance the streams.
 
-    What was read of the block, and what was solved, is let go of at the end, but for what is still being written.
+    solved: whether an earlier run did. What was read of the block, and what was solved, is let go of at the end, but
+    for what is still being written.
     """
     job, model, plan = prepared.job, prepared.model, prepared.plan
     blocks = len(model.block_names)
@@ -218,15 +268,16 @@ def _do_block(
     with phase("load"):
         model.load_block(block)
     swap = WeightSwap()
-    if block in folder.records:
+    if solved:
         restore(prepared, folder, block, swap)
     else:
         scales = None if streams is None else Scales(streams, block, swap, own_places)
         results = solve_block(prepared, block, streams, curves, swap, scales, step)
-        keep_lean(folder, block, results)
-        changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
-        name = _shard(prepared, block)
-        folder.later(partial(save_block, prepared, folder, block, name, results, changed=changed, noted=noted))
+        if folder is not None:
+            keep_lean(folder, block, results)
+            changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
+            name = _shard(prepared, block)
+            folder.later(partial(save_block, prepared, folder, block, name, results, changed=changed, noted=noted))
     if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
         streams.advance(block, swap)
     with phase("load"):
@@ -250,20 +301,30 @@ def _progress_within(progress: Progress, what: str, before: int, total: int, don
 # ---- formats
 
 
-def _allocated(prepared: Prepared, folder: OutputFolder, progress: Progress) -> tuple[Prepared, dict[str, Any] | None]:
-    """With the formats that a budget allows, and how they were chosen; as it was where there is none."""
+def _allocated(
+    prepared: Prepared, folder: OutputFolder | None, progress: Progress
+) -> tuple[Prepared, dict[str, Any] | None]:
+    """With the formats that a budget allows, and how they were chosen, by the first process; as it was where there is
+    none.
+    """
     job, shown = prepared.job, _seen(prepared.job)
     if job.budget is None or shown is None:
         return prepared, None
     seen = shown if shown.curvature else replace(shown, curvature=1.0)
 
-    def make() -> dict[str, Any]:
-        windows = _kept_windows(prepared, seen, folder, progress)
-        curves = partial(_kept_curvature, prepared, windows, seen, folder, progress)
-        return allocate.allocate(prepared, windows, seen.batch, curves, progress)
+    alone = replace(prepared, ranks=SINGLE)
 
-    with phase("choose", whole=True):
-        found: dict[str, Any] = folder.kept_json(ALLOCATION, make)
+    def make() -> dict[str, Any]:
+        windows = _kept_windows(alone, seen, folder, progress)
+        curves = partial(_kept_curvature, alone, windows, seen, folder, progress)
+        return allocate.allocate(alone, windows, seen.batch, curves, progress)
+
+    def chosen() -> Parcel:
+        assert folder is not None
+        with phase("choose", whole=True):
+            return Parcel(folder.kept_json(ALLOCATION, make))
+
+    found: dict[str, Any] = prepared.ranks.alone(chosen).facts
     recipe, calibrated = Recipe.from_json(found["recipe"]), job.calibration is not None
     plan = with_recipe(prepared.plan, prepared.checkpoint, prepared.model, recipe, calibrated)
     return replace(prepared, plan=plan), found
@@ -273,34 +334,48 @@ def _allocated(prepared: Prepared, folder: OutputFolder, progress: Progress) -> 
 
 
 def _calibrate(
-    prepared: Prepared, folder: OutputFolder, progress: Progress
+    prepared: Prepared, folder: OutputFolder | None, progress: Progress
 ) -> tuple[Streams | None, dict[str, Tensor]]:
     """The streams that enter the first block, and the curvature where it is wanted."""
-    calibration = prepared.job.calibration
+    calibration, ranks = prepared.job.calibration, prepared.ranks
     if calibration is None:
         return None, {}
     windows = _kept_windows(prepared, calibration, folder, progress)
-    place = _offloaded(prepared, folder)
-    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place)
+    place = _spill(prepared, folder) if prepared.plan.offload else None
+    streams = Streams.start(prepared.model, windows, calibration.batch, partial(progress, "embed"), place, ranks)
     if not calibration.curvature:
         return streams, {}
     return streams, _kept_curvature(prepared, windows, calibration, folder, progress)
 
 
-def _kept_windows(prepared: Prepared, calibration: Calibration, folder: OutputFolder, progress: Progress) -> Tensor:
-    return folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress))["tokens"]
+def _kept_windows(
+    prepared: Prepared, calibration: Calibration, folder: OutputFolder | None, progress: Progress
+) -> Tensor:
+    def shown() -> Parcel:
+        assert folder is not None
+        return Parcel(None, folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress)))
+
+    return prepared.ranks.alone(shown).tensors["tokens"].cpu()
 
 
 def _kept_curvature(
-    prepared: Prepared, windows: Tensor, calibration: Calibration, folder: OutputFolder, progress: Progress
+    prepared: Prepared, windows: Tensor, calibration: Calibration, folder: OutputFolder | None, progress: Progress
 ) -> dict[str, Tensor]:
-    spill = _offloaded(prepared, folder) or folder.partial
-    return folder.kept(CURVATURE, lambda: _curvature(prepared, windows, calibration, spill, progress))
+    """All processes find it together, and the first one keeps it."""
+
+    def kept() -> Parcel:
+        known = folder is not None and folder.keeps(CURVATURE)
+        return Parcel(known, folder.kept(CURVATURE, dict) if folder is not None and known else {})
+
+    if (found := prepared.ranks.alone(kept)).facts:
+        return found.tensors
+    curves = _curvature(prepared, windows, calibration, _spill(prepared, folder), progress)
+    return curves if folder is None else folder.kept(CURVATURE, lambda: curves)
 
 
-def _offloaded(prepared: Prepared, folder: OutputFolder) -> Path | None:
+def _spill(prepared: Prepared, folder: OutputFolder | None) -> Path:
     """Where hidden states lie, if not in memory."""
-    return (prepared.offload or folder.partial) if prepared.plan.offload else None
+    return prepared.offload or (Path(tempfile.gettempdir()) if folder is None else folder.partial)
 
 
 @phase("curvature", whole=True)
@@ -320,6 +395,7 @@ def _curvature(
             seed=prepared.job.seed,
             spill=spill,
             memory=0 if prepared.plan.offload else 2**32,
+            ranks=prepared.ranks,
             progress=partial(progress, "curvature"),
         )
     except PlanError as error:
@@ -328,11 +404,11 @@ def _curvature(
     return {name: part.blocks for name, part in found.items()}
 
 
-def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> int:
+def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> Parcel:
     """Tokens of a window: as asked, as in the tokens that are given, or as the model allows."""
     if text.holds_tokens(calibration.source):
-        return text.token_length(calibration.source, config, calibration.length)
-    return text.window_length(config, calibration.length or min(512, text.window_length(config)))
+        return Parcel(text.token_length(calibration.source, config, calibration.length))
+    return Parcel(text.window_length(config, calibration.length or min(512, text.window_length(config))))
 
 
 def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
@@ -432,10 +508,23 @@ def _check_room(prepared: Prepared) -> None:
 def _places(prepared: Prepared) -> Iterator[list[Place]]:
     """Of block after block, where scales can be moved, if a solver wants it; float32 shows it."""
     if prepared.job.calibration is None or not any(row.rule.solver in SCALED for row in prepared.plan.rows):
-        return repeat([])
-    checkpoint = prepared.checkpoint
-    model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
-    return equivalence.find_all(model)
+        yield from repeat([])
+    checkpoint, found = prepared.checkpoint, iter(list[list[Place]]())
+    if prepared.ranks.first:
+        model = StreamedModel(checkpoint, dtype=torch.float32, untied=checkpoint.untied, **loading(prepared.job))
+        found = equivalence.find_all(model)
+
+    def find() -> Parcel:
+        places = next(found)
+        facts = [(place.source, place.readers, place.offset) for place in places]
+        return Parcel(facts, {str(number): place.rows for number, place in enumerate(places)})
+
+    for _ in prepared.model.block_names:
+        told = prepared.ranks.alone(find)
+        yield [
+            Place(source, tuple(readers), told.tensors[str(number)], offset)
+            for number, (source, readers, offset) in enumerate(told.facts)
+        ]
 
 
 # ---- the end

@@ -19,6 +19,7 @@ from llmquant.estimate import Row, Work
 from llmquant.experts import packed_name
 from llmquant.matrices import Target
 from llmquant.output import free_bytes
+from llmquant.ranks import beside
 from llmquant.recipe import Recipe, Rule
 from llmquant.tune import Means
 
@@ -94,22 +95,23 @@ def make_plan(
     checkpoint: Checkpoint,
     model: StreamedModel,
     recipe: Recipe,
-    output: Path,
+    output: Path | None,
     work: Work = SILENT,
     max_memory: int | None = None,
 ) -> Plan:
     """Check everything that can be checked without reading a weight.
 
+    output: the folder to write, whose disk has to have room; None: another process writes it.
     max_memory: bytes of anonymous memory that the run may take, by default as many as are free. Hidden states go to the
     disk where they do not fit.
     Raises PlanError (names the tensor; or more memory is needed than `max_memory`) or OutputError (not enough disk).
     """
     rows, kept, before, after = _decided(checkpoint, model, recipe, work.tokens > 0)
-    free = free_bytes(output)
-    if free < 1.01 * after:
+    if output is not None and (free := free_bytes(output)) < 1.01 * after:
         raise OutputError(f"{output}: the result needs {after:,} bytes, the disk has {free:,} free: free some space")
     outside = sum(checkpoint.nbytes(name) for name in model.outside_keys())
-    room = psutil.virtual_memory().available if max_memory is None else max_memory
+    # Of several processes on one machine each takes its share of what is free.
+    room = psutil.virtual_memory().available // beside() if max_memory is None else max_memory
     if work.tokens and not work.offload and estimate.memory(model, rows, outside, work) > room:
         work = replace(work, offload=True)
     if work.tuning:

@@ -19,6 +19,7 @@ from llmquant.estimate import Row
 from llmquant.formats.base import all_finite
 from llmquant.job import Prepared
 from llmquant.output import OutputFolder
+from llmquant.ranks import Parcel
 from llmquant.solvers import Solution
 from llmquant.solving import Result, put
 
@@ -89,10 +90,14 @@ def _check_result(result: Result, read: dict[str, Tensor]) -> None:
         raise VerificationError(f"{row.key}: what was read back is not what was solved: please report this")
 
 
-def matrices(prepared: Prepared, folder: OutputFolder, block: int | None) -> list[tune.Matrix]:
-    """The quantized matrices of a block, from the shard that has been written of it."""
-    part = len(prepared.model.block_names) if block is None else block
-    tensors = load_file(folder.partial / folder.records[part]["shard"])
+def written(folder: OutputFolder, part: int) -> Parcel:
+    """The tensors of a shard that has been written; and the names in memory of norms and biases that it changed."""
+    record = folder.records[part]
+    return Parcel(record.get("changed", []), load_file(folder.partial / record["shard"]))
+
+
+def matrices(prepared: Prepared, block: int | None, tensors: dict[str, Tensor]) -> list[tune.Matrix]:
+    """The quantized matrices of a block, from the tensors of its shard."""
     found = []
     for row in prepared.plan.of_block(block):
         codes, grid = row.format.unpack(stored(row, tensors), row.target.shape)
@@ -101,19 +106,18 @@ def matrices(prepared: Prepared, folder: OutputFolder, block: int | None) -> lis
     return found
 
 
-def moved_vectors(prepared: Prepared, folder: OutputFolder, block: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """(name in memory, parameter, value) of norms and biases from which scales were moved, from the block's shard."""
-    record = folder.records[block]
-    tensors = load_file(folder.partial / record["shard"])
-    for name in record.get("changed", []):
+def moved_vectors(prepared: Prepared, shard: Parcel) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """(name in memory, parameter, value) of norms and biases from which scales were moved, from a block's shard."""
+    for name in shard.facts:
         parameter, key = prepared.model.model.get_parameter(name), prepared.model.source_key(name)
         assert key is not None
-        yield name, parameter, tensors[key].to(parameter)
+        yield name, parameter, shard.tensors[key].to(parameter)
 
 
-def restore(prepared: Prepared, folder: OutputFolder, block: int, swap: WeightSwap) -> None:
-    """Put the block's quantized weights in place from the shard that an earlier run left."""
-    for row, matrix in zip(prepared.plan.of_block(block), matrices(prepared, folder, block), strict=True):
+def restore(prepared: Prepared, folder: OutputFolder | None, block: int, swap: WeightSwap) -> None:
+    """Put the block's quantized weights in place from the shard that an earlier run left the first process."""
+    shard = prepared.ranks.alone(lambda: written(folder, block) if folder else Parcel())
+    for row, matrix in zip(prepared.plan.of_block(block), matrices(prepared, block, shard.tensors), strict=True):
         put(prepared, swap, row, Solution(matrix.codes, matrix.grid, 0.0))
-    for name, parameter, value in moved_vectors(prepared, folder, block):
+    for name, parameter, value in moved_vectors(prepared, shard):
         swap.replace(name, parameter, value)

@@ -13,6 +13,7 @@ from llmquant.calibration import Stage, Streams, WeightSwap
 from llmquant.equivalence import Place, in_place
 from llmquant.formats import Format
 from llmquant.phases import phase
+from llmquant.ranks import Parcel
 from llmquant.stats import Stats, energy, finite_rows
 
 WORTH = 0.95  # of the rounding error: where balance gains less, GPTQ makes more of the weights as they are
@@ -140,7 +141,7 @@ def awq(scales: Scales, place: Place, formats: dict[str, Format]) -> None:
     """
     weights = {name: scales.matrix(name) for name in place.readers}
     holder = _holder(list(weights))
-    errors = []
+    errors: list[list[float]] = []  # of every batch, for every power
     with scales.swap.original():
         size = _mean_size(scales, place)
         wanted = list(_outputs(scales, holder))
@@ -152,9 +153,11 @@ def awq(scales: Scales, place: Place, formats: dict[str, Format]) -> None:
             }
             with in_place(scales.streams.model, rounded):
                 outputs = _outputs(scales, holder)
-                errors.append(sum(energy((a - b).float()) for a, b in zip(outputs, wanted, strict=True)))
-    best = min(range(ALPHAS), key=errors.__getitem__)
-    ratio = math.sqrt(errors[best] / errors[0]) if errors[0] else 1.0
+                errors.append([energy((a - b).float()) for a, b in zip(outputs, wanted, strict=True)])
+    of_batches = scales.streams.ranks.interleaved(list(zip(*errors, strict=True)))
+    errors_in_all = [sum(of_power) for of_power in zip(*of_batches, strict=True)]
+    best = min(range(ALPHAS), key=errors_in_all.__getitem__)
+    ratio = math.sqrt(errors_in_all[best] / errors_in_all[0]) if errors_in_all[0] else 1.0
     if best:
         scales.move(place, _power(size, best / ALPHAS), rule="awq", alpha=best / ALPHAS, error=ratio, before=1.0)
 
@@ -176,20 +179,26 @@ def _mean_size(scales: Scales, place: Place) -> Tensor:
     streams = scales.streams
     stage = Stage([scales.targets[name] for name in place.readers])
     total = torch.zeros(len(place.rows), device=streams.model.device)
-    for hidden, calls, held in zip(streams.reference, streams.calls, streams.held, strict=True):
-        x = None if held else streams.inputs(scales.block, stage, hidden, calls[scales.block])[0]
-        if x is not None:
-            rows = x.flatten(0, -2).float()
-            total += rows[finite_rows(rows)].abs().sum(0)
+
+    def piece(i: int) -> Parcel:
+        hidden, call = streams.reference[i], streams.calls[i][scales.block]
+        x = None if streams.held[i] else streams.inputs(scales.block, stage, hidden, call)[0]
+        if x is None:
+            return Parcel()
+        rows = x.flatten(0, -2).float()
+        return Parcel(None, {"size": rows[finite_rows(rows)].abs().sum(0)})
+
+    for _, parcel in streams.in_order(piece):
+        if parcel.tensors:
+            total += parcel.tensors["size"]
     rows = place.rows.to(total.device)
     return torch.zeros(place.sources, device=total.device).index_add_(0, rows, total) / rows.bincount()
 
 
 def _outputs(scales: Scales, holder: str) -> Iterator[Tensor]:
     """What a module of the block puts out (tokens, size), for some batches of the reference stream."""
-    streams, taken = scales.streams, 0
-    for hidden, calls, held in zip(streams.reference, streams.calls, streams.held, strict=True):
-        if held or taken >= WINDOWS:
-            continue
-        taken += len(hidden)
-        yield streams.output(scales.block, holder, hidden, calls[scales.block]).flatten(0, -2)
+    streams = scales.streams
+    parts = zip(streams.reference, streams.calls, streams.held, streams.numbers(), strict=True)
+    for hidden, calls, held, numbers in parts:
+        if not held and numbers[0] < WINDOWS:
+            yield streams.output(scales.block, holder, hidden, calls[scales.block]).flatten(0, -2)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmquant import recovery
@@ -18,6 +19,7 @@ from llmquant.estimate import Row
 from llmquant.job import Prepared
 from llmquant.matrices import Target
 from llmquant.phases import phase
+from llmquant.ranks import Parcel
 from llmquant.scaling import Scales, awq, balance
 from llmquant.solvers import TUNERS, Solution, default_of
 from llmquant.solvers.block_tuning import Part
@@ -43,24 +45,28 @@ def solve_block(
     scales: Scales | None,
     step: Callable[[int], None],
 ) -> list[Result]:
-    """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give."""
+    """Stage by stage in the order of the forward pass, so that each sees the inputs its quantized predecessors give.
+
+    The matrices of a stage are shared out over the processes, and all get all results.
+    """
     rows = {row.target.name: row for row in prepared.plan.of_block(block)}
     order = [] if streams is None else stages(prepared.model, block, streams)
     if streams is not None:
         streams.remember(block, order)
     reached = {target.name for stage in order for target in stage.targets}
-    order += [Stage([row.target]) for name, row in rows.items() if name not in reached]
+    if rest := [row.target for name, row in rows.items() if name not in reached]:
+        order.append(Stage(rest))
     results: dict[str, Result] = {}
     for stage in order:
         wanted = [rows[target.name] for target in stage.targets if target.name in rows]
         if not wanted:
             continue
-        seen: Iterable[tuple[Target, Stats | None]] = ((target, None) for target in stage.targets)
+        mine = _mine(prepared, wanted)
+        seen: Iterable[tuple[Target, Stats | None]] = ((row.target, None) for row in mine.values())
         if scales is not None and stage.targets[0].name in reached and any(_needs_stats(row) for row in wanted):
-            seen = _scaled(scales, rows, stage)
+            seen = _scaled(scales, rows, stage, mine)
         for target, stats in seen:
-            if (row := rows.get(target.name)) is None:
-                continue
+            row = mine[target.name]
             if scales is None or stats is None:
                 result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
             else:
@@ -70,6 +76,11 @@ def solve_block(
             if streams is not None:
                 put(prepared, swap, row, result.solution)
             step(sum(result.row.weights for result in results.values()))
+        for result in _of_others(prepared, wanted, [results[name] for name in mine]):
+            results[result.row.target.name] = result
+            if streams is not None:
+                put(prepared, swap, result.row, result.solution)
+        step(sum(result.row.weights for result in results.values()))
         if streams is not None:
             solved = [results[row.target.name] for row in wanted]
             for result in _judged(prepared, block, streams, curves, swap, solved):
@@ -83,10 +94,58 @@ def _needs_stats(row: Row) -> bool:
     return row.rule.solver not in TUNERS
 
 
-def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Iterable[tuple[Target, Stats]]:
+def _mine(prepared: Prepared, rows: list[Row]) -> dict[str, Row]:
+    """Those of some matrices that this process solves, by name."""
+    ranks = prepared.ranks
+    owners = ranks.shares([row.weights for row in rows])
+    return {row.target.name: row for row, owner in zip(rows, owners, strict=True) if owner == ranks.rank}
+
+
+def _of_others(prepared: Prepared, rows: list[Row], mine: list[Result]) -> Iterator[Result]:
+    """What the other processes found for their share of the matrices, once all are done."""
+    if prepared.ranks.count == 1:
+        return
+    of_name = {row.target.name: row for row in rows}
+    for number, parcel in enumerate(prepared.ranks.each(_told(mine))):
+        if number != prepared.ranks.rank:
+            yield from _heard(parcel, of_name, prepared.model.device)
+
+
+def _told(results: list[Result]) -> Parcel:
+    """Results as they are sent: codes and grids as a file would hold them."""
+    tensors: dict[str, Tensor] = {}
+    facts = []
+    for result in results:
+        for kind, each in (("", result), ("rival ", result.rival)):
+            if each is None:
+                continue
+            name, found = f"{kind}{result.row.target.name}", each.solution
+            packed = each.row.format.pack(found.codes, found.grid)
+            tensors |= {f"{name} {suffix}": tensor for suffix, tensor in packed.items()}
+            if found.lean is not None:
+                tensors[f"{name} lean"] = found.lean
+            facts.append((kind, result.row.target.name, found.loss, each.report))
+    return Parcel(facts, tensors)
+
+
+def _heard(parcel: Parcel, rows: dict[str, Row], device: torch.device) -> Iterator[Result]:
+    """The results that were sent."""
+    found: dict[tuple[str, str], Result] = {}
+    for kind, target, loss, report in parcel.facts:
+        row, name = rows[target], f"{kind}{target}"
+        named = {suffix: parcel.tensors[f"{name} {suffix}"] for suffix in row.format.layout(row.target.shape)}
+        codes, grid = row.format.unpack(named, row.target.shape)
+        solution = Solution(codes.to(device), grid.to(device), loss, lean=parcel.tensors.get(f"{name} lean"))
+        found[kind, target] = Result(row, solution, report)
+    for (kind, target), result in found.items():
+        if not kind:
+            yield replace(result, rival=found.get(("rival ", target)))
+
+
+def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage, mine: Container[str]) -> Iterable[tuple[Target, Stats]]:
     """Move scales where the solver wants it, into the columns of a stage or from its rows.
 
-    Returns the targets of the stage with the statistics of what they read then.
+    Returns the targets of the stage that are in `mine` with the statistics of what they read then.
     """
     names = [target.name for target in stage.targets]
     places = []
@@ -101,12 +160,17 @@ def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage) -> Iterable[tupl
         if solver == "awq" and (after_norm or place.source in names):
             awq(scales, place, formats)
     stage.scale = scales.columns.get(names[0])
-    seen = scales.streams.statistics(scales.block, stage, scales.swap)
-    for place, solver in places:
-        if solver == "gptq" and place.offset is not None and names == list(place.readers):
-            stats = balance(scales, place, next(iter(seen))[1], formats)  # which all targets share
-            seen = ((target, stats) for target in stage.targets)
-    return seen
+    balanced = [
+        place
+        for place, solver in places
+        if solver == "gptq" and place.offset is not None and names == list(place.readers)
+    ]
+    if not balanced:
+        return scales.streams.statistics(scales.block, stage, scales.swap, mine)
+    stats = next(scales.streams.statistics(scales.block, stage, scales.swap))[1]  # which all targets share
+    for place in balanced:
+        stats = balance(scales, place, stats, formats)
+    return ((target, stats) for target in stage.targets if target.name in mine)
 
 
 def _judged(
@@ -118,7 +182,7 @@ def _judged(
     results: list[Result],
 ) -> Iterator[Result]:
     """Each result whose rival brings the block's outputs nearer to the reference on held-out tokens, with the rival."""
-    if not any(streams.held) or not any(result.rival for result in results):
+    if streams.summed == len(streams.batches) or not any(result.rival for result in results):
         return
     metric = curves.get(prepared.model.block_names[block])
     least = streams.block_error(block, swap, metric)
@@ -158,7 +222,7 @@ def _block_tuned(
     metric = curves.get(prepared.model.block_names[block])
     for rule in rules:
         mine = {name: result for name, result in results.items() if id(result.row.rule) == rule}
-        before = streams.block_error(block, swap, metric) if any(streams.held) else None
+        before = streams.block_error(block, swap, metric) if streams.summed < len(streams.batches) else None
         solutions = _tune_block(prepared, block, streams, swap, mine)
         for name, solution in solutions.items():
             put(prepared, swap, mine[name].row, solution)
@@ -168,6 +232,8 @@ def _block_tuned(
         for name, result in mine.items():
             w = _original(swap, result.row)
             solution = solutions[name] if kept else result.solution
+            loss = energy(result.row.format.decode(solution.codes, solution.grid).sub_(w))  # not that of its outputs
+            solution = replace(solution, loss=loss)
             put(prepared, swap, result.row, solution)
             report = {
                 **report_of(result.row, w, solution, None, None),
@@ -195,11 +261,16 @@ def _tune_block(
     def gradient(batch: int, weights: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         for name, weight in weights.items():
             _put_weight(prepared, swap, rows[name], weight)
-        return streams.gradient(block, batch, wanted[batch], [row.target for row in rows.values()])
+        turn, process = divmod(batch, streams.ranks.count)
+        own = Parcel()
+        if process == streams.ranks.rank:
+            own = Parcel(*streams.gradient(block, turn, wanted[turn], [row.target for row in rows.values()]))
+        found = streams.ranks.sent(process, own)
+        return found.facts, found.tensors
 
     rule = next(iter(rows.values())).rule
     seed = prepared.job.seed * len(prepared.model.block_names) + block
-    return TUNERS[rule.solver](parts, gradient, len(wanted), seed, **rule.options)
+    return TUNERS[rule.solver](parts, gradient, streams.summed, seed, **rule.options)
 
 
 def solve_outside(prepared: Prepared, streams: Streams | None) -> list[Result]:
@@ -208,13 +279,17 @@ def solve_outside(prepared: Prepared, streams: Streams | None) -> list[Result]:
     if not rows:
         return []
     model.load_outside()
-    results = []
+    results: dict[str, Result] = {}
+    mine = _mine(prepared, rows)
     for row in rows:
         calibrated = streams is not None and isinstance(model.module(row.target), nn.Linear)
         stats = streams.behind_blocks(row.target) if streams is not None and calibrated else None
-        results.append(_solve(row, row.target.matrix(model.module(row.target)).detach(), stats))
+        if row.target.name in mine:
+            results[row.target.name] = _solve(row, row.target.matrix(model.module(row.target)).detach(), stats)
     model.unload_outside()
-    return results
+    others = _of_others(prepared, rows, [*results.values()])
+    results |= {result.row.target.name: result for result in others}
+    return [results[row.target.name] for row in rows]
 
 
 @phase("solve")

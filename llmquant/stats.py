@@ -10,6 +10,12 @@ from torch import Tensor
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
 HELD = 2048  # tokens, at most, that are kept as they are, to judge a step on
+SLAB = 1024  # rows of a sum that are added up at once, by whichever process
+
+
+def slabs(rows: int) -> list[slice]:
+    """All rows of a sum, a few at a time: the same ones, to the last bit, however many processes share them."""
+    return [slice(start, min(start + SLAB, rows)) for start in range(0, rows, SLAB)]
 
 
 @dataclass
@@ -35,6 +41,8 @@ class Stats:
     residual stream, debt = sum d x^T (out, in), with d (tokens, out) what the quantized stream lacks there already.
     The tokens of one call are added up in float32, and so are the calls: of a million tokens in calls of a thousand,
     the sums lose no more than the last three digits.
+
+    share: (first, step); only those slabs of the sums are added up here whose numbers are first, first + step ..
     """
 
     hessian: Tensor
@@ -45,22 +53,33 @@ class Stats:
     dropped: int = 0
     borrowed: int = 0  # tokens' worth of what the other experts of the layer saw
     pieces: list[tuple[Tensor, ...]] = field(default_factory=list)  # of held-out tokens
+    share: tuple[int, int] = (0, 1)
 
     @classmethod
-    def empty(cls, columns: int, device: torch.device | str = "cpu") -> Stats:
+    def empty(cls, columns: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> Stats:
         zeros = torch.zeros(columns, columns, device=device)
-        return cls(zeros, zeros.clone())
+        return cls(zeros, zeros.clone(), share=share)
 
     def update(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None) -> None:
         """Add tokens; those that are not finite in either stream are left out and counted."""
         x, x_ref, *rest = self._finite(x, x_ref, debt)
         self.tokens += len(x)
-        self.hessian.addmm_(x.T, x)
-        self.cross.addmm_((x_ref - x).T, x)
+        for rows in self._own(x.shape[1]):
+            own = x[:, rows]
+            self.hessian[rows].addmm_(own.T, x)
+            self.cross[rows].addmm_((x_ref[:, rows] - own).T, x)
         if rest:
             if self.debt is None:
                 self.debt = torch.zeros(rest[0].shape[1], x.shape[1], device=x.device)
-            self.debt.addmm_(rest[0].T, x)
+            for rows in self._own(len(self.debt)):
+                self.debt[rows].addmm_(rest[0][:, rows].T, x)
+
+    def _own(self, rows: int) -> list[slice]:
+        first, step = self.share
+        return slabs(rows)[first::step]
+
+    def sums(self) -> list[Tensor]:
+        return [self.hessian, self.cross, *([] if self.debt is None else [self.debt])]
 
     def hold(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None, *, most: int = HELD) -> None:
         """Keep tokens to judge on, out of the sums; of more than `most` so many, evenly spread."""

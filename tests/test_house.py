@@ -75,6 +75,7 @@ FORBIDDEN = {
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "cpu_loops": ["*"],
     "benchmark": [*WRITING, "hf", "metrics", "text"],
+    "ranks": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"} - {"stats"}),
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "phases": ["*"],
@@ -129,6 +130,7 @@ def test_every_room_has_its_rule() -> None:
     rooms = {path.relative_to(ROOT / "llmquant").parts[0].removesuffix(".py") for path in PACKAGE}
     assert rooms - set(FORBIDDEN) == {
         "__init__",
+        "__main__",
         "cli",
         "cli_check",
         "cli_bench",
@@ -143,6 +145,10 @@ def test_only_one_room_touches_the_private_loading_api() -> None:
     private = ("transformers.core_model_loading", "transformers.conversion_mapping")
     users = {path.name for path in SOURCES if any(name.startswith(private) for name in imports(path))}
     assert users == {"blocks.py"}
+
+
+def test_only_one_room_knows_of_other_processes() -> None:
+    assert {path.name for path in SOURCES if "torch.distributed" in path.read_text()} == {"ranks.py"}
 
 
 def test_nothing_unpickles() -> None:
