@@ -41,6 +41,7 @@ from llmquant.recipe import Recipe
 from llmquant.sensitivity import Fused, Whole, estimated, measured, sizes
 
 BATCH = 8
+CHARACTERS = 2_000_000  # of either text, from documents spread evenly over all
 
 
 def arguments() -> argparse.Namespace:
@@ -74,7 +75,7 @@ class Setting:
     def make(cls, args: argparse.Namespace) -> Setting:
         tokenizer = text.load_tokenizer(args.model)
         calibration, evaluation = (
-            text.windows(text.token_stream(tokenizer, texts, protocol="documents"), args.length)
+            text.windows(text.token_stream(tokenizer, some(texts), protocol="documents"), args.length)
             for texts in documents(args.text, args.calibration_share)
         )
         budget = Budget(bits=16.0, formats=tuple(args.formats), sensitivity="kl")
@@ -90,6 +91,10 @@ class Setting:
 
     def bits(self, nbytes: float) -> float:
         return float(8 * nbytes / self.prepared.plan.weights)
+
+
+def some(texts: list[str]) -> list[str]:
+    return texts[:: max(1, sum(map(len, texts)) // CHARACTERS)]
 
 
 def uniform(setting: Setting, judge: Whole) -> dict[str, dict[str, float]]:

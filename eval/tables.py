@@ -17,6 +17,7 @@ from typing import Any
 import compare
 import rotations
 
+FEW = "llmquant-fast-calibrated"  # is shown 4 windows where others are shown 128
 RESULTS = Path(__file__).resolve().parent / "results"
 Result = dict[str, Any]
 
@@ -42,7 +43,8 @@ python eval/compare.py tests/assets/pycode --text pycode --formats int4:g32:sym 
 python eval/compare.py stories260K --text tinystories_clean.json --only-divisible 32 ...
 ```
 
-KL of `balanced` and `best` as a part of that of others, over the seeds that both ran:
+KL as a part of that of others, over the seeds that both ran (their number after it); `fast` reads weights only, and
+`fast-calibrated` is shown 2k tokens where GPTQModel is shown 65k:
 """
 CALIBRATION = """
 ## Calibration
@@ -107,12 +109,15 @@ def grid(rows: list[Result], line: Callable[[Result], str], column: Callable[[Re
     return lines
 
 
-def ratios(rows: list[Result], own: tuple[str, ...], others: tuple[str, ...]) -> list[str]:
-    """What part of the others' KL is left, over the seeds that both have."""
+PAIRS = [(f"llmquant-{quality}", other) for quality in ("balanced", "best") for other in ("gptqmodel", "auto-round")]
+PAIRS += [("llmquant-fast", "rtn-mse"), ("llmquant-fast-calibrated", "gptqmodel")]
+
+
+def ratios(rows: list[Result], pairs: list[tuple[str, str]]) -> list[str]:
+    """What part of the other's KL each method leaves, over the seeds that both have."""
     by_run: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in rows:
         by_run.setdefault((row["model"], row["format"], row["method"]), {})[row["seed"]] = row["kl"]
-    pairs = [(mine, other) for mine in own for other in others]
     headers = [f"{mine.removeprefix('llmquant-')} / {other}" for mine, other in pairs]
     lines = [f"| {' | '.join(['model', 'format', *headers])} |", f"|{'---|' * (len(headers) + 2)}"]
     for model, spec in sorted({(model, spec) for model, spec, _ in by_run}):
@@ -129,9 +134,9 @@ def ratios(rows: list[Result], own: tuple[str, ...], others: tuple[str, ...]) ->
 
 def page() -> str:
     rivals = [row for row in read("rivals.json") if "kl" in row]
-    usual = [row for row in rivals if row["calibration_windows"] in (0, row["windows"])]
+    usual = [row for row in rivals if row["calibration_windows"] in (0, row["windows"]) or row["method"] == FEW]
     calibration = [row for row in read("calibration.json") if "kl" in row]
-    parts = [HEAD, RIVALS, *ratios(usual, ("llmquant-balanced", "llmquant-best"), ("gptqmodel", "auto-round"))]
+    parts = [HEAD, RIVALS, *ratios(usual, PAIRS)]
     for name in sorted({row["model"] for row in rivals}):
         parts += ["", f"### {name}", "", compare.table([row for row in rivals if row["model"] == name])]
     parts += [CALIBRATION]

@@ -40,6 +40,7 @@ from llmquant_kernels.triton_settings import BUCKETS, TUNED, Device, Settings, h
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (4304, 4304))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 2048)
 RESULTS = Path(__file__).with_name("results")
+PATIENCE = 40.0  # seconds that a session gives each of the other kernels in all: some tune at each new shape
 
 
 class Case(NamedTuple):
@@ -124,7 +125,10 @@ def records_of(args: Namespace, plan: Sequence[Case], bandwidth: float, deadline
             if time.monotonic() > deadline:
                 return
             try:
-                record = tune(subject, case) if args.tune else measure(subject, case, bandwidth)
+                if args.tune:
+                    record = tune(subject, case)
+                else:
+                    record = measure(subject, case, bandwidth, PATIENCE if args.session else math.inf)
                 print(line(record), flush=True)
             except Exception as error:  # the next case may do
                 record = {**case._asdict(), "failed": f"{type(error).__name__}: {error}"[:500]}
@@ -284,13 +288,13 @@ def check(subject: Subject, x: Tensor, settings: Settings) -> float:
     return error
 
 
-def measure(subject: Subject, case: Case, bandwidth: float) -> dict[str, Any]:
+def measure(subject: Subject, case: Case, bandwidth: float, patience: float = math.inf) -> dict[str, Any]:
     x = subject.activations(case.rows)
     settings = settings_here(subject, case.rows)
     error = check(subject, x, settings)
     seconds = graph_seconds([partial(llmquant_kernels.linear, x, own) for own in subject.prepared])
     moved = subject.weight_bytes + x.element_size() * (x.numel() + case.rows * case.shape[0])
-    others, errors = beside(case, x, subject.device)
+    others, errors = beside(case, x, subject.device, patience)
     return {
         **case._asdict(),
         "microseconds": 1e6 * seconds,
@@ -303,14 +307,20 @@ def measure(subject: Subject, case: Case, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def beside(case: Case, x: Tensor, device: str) -> tuple[dict[str, Any], dict[str, float]]:
+SPENT: dict[str, float] = {}  # seconds, on each of the others
+
+
+def beside(case: Case, x: Tensor, device: str, patience: float) -> tuple[dict[str, Any], dict[str, float]]:
     """({rival: microseconds, or why there are none}, {rival: error of its result against float64})."""
     size = case.shape[0] * case.shape[1]
     task = bench_rivals.Task(case.kind, case.shape, copies(size // 2, device), copies(size * x.element_size(), device))
     times: dict[str, Any] = {}
     errors: dict[str, float] = {}
     for name, make in bench_rivals.ADAPTERS.items():
+        start = time.monotonic()
         try:
+            if SPENT.get(name, 0.0) > patience:
+                raise bench_rivals.Skipped(f"took its {patience:.0f} s")
             calls, exact = make(task, x)
             errors[name] = error_of(calls[0](), x, exact)
             times[name] = 1e6 * graph_seconds(calls)
@@ -318,6 +328,7 @@ def beside(case: Case, x: Tensor, device: str) -> tuple[dict[str, Any], dict[str
             times[name] = f"skipped: {reason}"
         except Exception as error:  # what others refuse is a result too
             times[name] = f"{type(error).__name__}: {error}"[:200]
+        SPENT[name] = SPENT.get(name, 0.0) + time.monotonic() - start
     return times, errors
 
 

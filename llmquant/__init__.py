@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from llmquant.api import convert, evaluate, export, quantize
     from llmquant.hf import explain, load
     from llmquant.hub import push
+    from llmquant.job import Budget
     from llmquant.recipe import Recipe, Rule
 
 __all__ = [
+    "Budget",
     "LlmquantError",
     "Recipe",
     "Rule",
@@ -47,6 +49,7 @@ _WHERE = {
     **dict.fromkeys(("convert", "evaluate", "export", "quantize"), "llmquant.api"),
     **dict.fromkeys(("Recipe", "Rule"), "llmquant.recipe"),
     "push": "llmquant.hub",
+    "Budget": "llmquant.job",
 }
 _MODULES = ("adapters", "formats", "metrics")
 _HOOK = "llmquant.hf"  # registers itself

@@ -51,17 +51,41 @@ Curves = Callable[[], dict[str, Tensor]]
 # ---- on paper
 
 
-def provisional(recipe: Recipe, budget: Budget) -> Recipe:
-    """With the largest candidate in place of the format of the last rule, which is the one that is chosen for."""
-    largest = max(budget.formats, key=lambda spec: formats.get(spec).bits_per_weight((4096, 4096)))
-    return Recipe((*recipe.rules[:-1], replace(recipe.rules[-1], format=largest)))
+def provisional(recipe: Recipe, budget: Budget, model: StreamedModel) -> Recipe:
+    """With a candidate in place of the format of the last rule, which is the one that is chosen for: the largest that
+    can hold all matrices or, where none can, the smallest, for the plan to say what it cannot hold.
+    """
+    specs = sorted(budget.formats, key=lambda spec: formats.get(spec).bits_per_weight((4096, 4096)))
+    shapes = {
+        target.shape
+        for block in range(len(model.block_names))
+        for target in model.targets(block).values()
+        if recipe.rule_for(target.listed) is recipe.rules[-1]
+    }
+    fitting = [spec for spec in specs if all(_fits(spec, shape) for shape in shapes)]
+    return Recipe((*recipe.rules[:-1], replace(recipe.rules[-1], format=[*specs[:1], *fitting][-1])))
+
+
+def _fits(spec: str, shape: tuple[int, int]) -> bool:
+    try:
+        formats.get(spec).layout(shape)
+    except PlanError:
+        return False
+    return True
 
 
 def planned(
-    plan: Plan, checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, budget: Budget, max_memory: int | None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    model: StreamedModel,
+    recipe: Recipe,
+    budget: Budget,
+    max_memory: int | None,
+    sampled: int,
 ) -> Plan:
     """The plan made for the provisional recipe, with how formats will be chosen, and what that takes.
 
+    sampled: tokens that the model writes for nothing but this.
     Raises PlanError where the smallest candidates are too large, or memory does not hold what is asked for.
     """
     rows = _free(plan, recipe)
@@ -70,6 +94,8 @@ def planned(
     _check_limit(plan, rows, budget, least)
     how = _method(model, rows, budget, max_memory)
     seconds, nbytes = plan.seconds, plan.peak_memory
+    if sampled:
+        seconds += estimate.flop(model.dtype) * 2 * estimate.SLEEP * sampled * sum(row.weights for row in rows)
     if how == "kl":
         seconds += estimate.flop(torch.float32) * operations(model, rows, budget)
         nbytes = max(nbytes, estimate.BASE + memory(model, rows))
@@ -81,7 +107,7 @@ def planned(
             f"measuring what formats cost needs about {nbytes:,} bytes of memory, --max-memory gives {max_memory:,}: "
             "take --sensitivity fisher, which needs one block at a time"
         )
-    note = f"formats are chosen {aim(budget)} by {how} from {', '.join(budget.formats)}; listed is the largest"
+    note = f"formats are chosen {aim(budget)} by {how} from {', '.join(budget.formats)}; the table has the largest"
     return replace(plan, seconds=seconds, peak_memory=nbytes, sensitivity=how, notes=(*plan.notes, note))
 
 

@@ -25,8 +25,8 @@ from llmquant.stats import EXPERT_BYTES, HELD
 from llmquant.tune import Means
 
 BASE = 350 * 2**20  # Python, torch, transformers
-COPIES = 8  # of the weight in float32 that a calibrated solver holds: itself, target, residuals, gradients, decoded
-SQUARES = 7  # matrices (in, in) in float32: the two sums, the damped one, and the factors
+COPIES = 6  # of the weight in float32 that a calibrated solver holds: itself, target, errors, codes, indices, decoded
+SQUARES = 4  # matrices (in, in) in float32: the two sums, the damped one, and its factor
 JUDGED = 1 / 8  # share of the windows that are held out
 CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
@@ -171,9 +171,9 @@ def _share(model: StreamedModel, row: Row) -> float:
 
 
 def _solving(row: Row, work: Work) -> float:
-    """Of the gptq solver: four targets, each a Cholesky factor and two solutions, the factor of the sweep, and eight
-    products of the weight with the Hessian; four sweeps more where the curvature is known. Of those that iterate what
-    an iteration takes: a product with the Hessian, or the block and its gradients for a batch.
+    """Of the gptq solver: a factor, the target's product and solution, half a product for the sweep and for each of
+    the energies, a product for each of two descents; four more, and two energies, where the curvature is known. Of
+    those that iterate what an iteration takes: a product with the Hessian, or the block and its gradients for a batch.
     """
     rows, columns = row.target.shape
     name = row.rule.solver
@@ -181,7 +181,7 @@ def _solving(row: Row, work: Work) -> float:
         solver = {**SOLVERS, **TUNERS}[name]
         iterations: int = row.rule.options.get("iterations", default_of(solver, "iterations"))
         return iterations * rows * columns * (6 * work.batch if name in TUNERS else 2 * columns)
-    return (4 / 3 + 1) * columns**3 + (3 * 4 + 8 * 2 + (8 if work.curvature else 0)) * rows * columns**2
+    return columns**3 / 3 + (2 + 2 + 1 + 2 * 2 + 2 + (4 * 2 + 2 if work.curvature else 0)) * rows * columns**2
 
 
 def _fitting(rows: Sequence[Row]) -> float:

@@ -129,6 +129,12 @@ def load(
     kwargs: as from_pretrained takes them, such as device_map and dtype.
     Raises CheckpointError where there is no llmquant model, or one that transformers cannot build; VerificationError
     where the model is incomplete, or is not what was written.
+
+    Examples:
+        >>> facts = llmquant.quantize(MODEL, OUTPUT / "q", format="int4:g64", quality="fast")
+        >>> model = llmquant.load(OUTPUT / "q", verify=True)
+        >>> len(llmquant.explain(model))
+        42
     """
     from transformers import PreTrainedConfig
 

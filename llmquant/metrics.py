@@ -165,6 +165,14 @@ def divergence(
     Both run on the same batches; one float32 per token is kept, so the quantiles are exact (linear between tokens).
     vocabulary, batch, progress, errors: as for perplexity; where the two have logits of different widths, the narrower
     is taken as the vocabulary.
+
+    Examples:
+        >>> import torch
+        >>> windows = torch.arange(96).view(2, 48)
+        >>> original = llmquant.api.load_any(str(MODEL), torch.float32)
+        >>> found = llmquant.metrics.divergence(original, original, windows)
+        >>> found.mean, found.top1_agreement, found.tokens
+        (0.0, 1.0, 94)
     """
     tally = Tally(_check_windows(windows, [reference, model], vocabulary))
     with evaluating(reference, model):

@@ -93,10 +93,11 @@ def prepare(
     if (shown := _seen(job)) is not None and model.causal:
         length = ranks.alone(partial(_length, model.config, shown)).facts
     work, budget = _work(job, length, offload, ranks), job.budget
-    recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget)
+    recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget, model)
     plan = make_plan(checkpoint, model, recipe, output if ranks.first else None, work, max_memory)
     if budget is not None:
-        plan = allocate.planned(plan, checkpoint, model, job.recipe, budget, max_memory)
+        sampled = 0 if calibration else SHOWN.samples * length
+        plan = allocate.planned(plan, checkpoint, model, job.recipe, budget, max_memory, sampled)
     ranks.agree(_decisive(job, checkpoint, plan))
     if chosen is not None:
         plan = replace(plan, notes=(*plan.notes, f"rotation: {turned(chosen)}"))

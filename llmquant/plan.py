@@ -126,7 +126,7 @@ def make_plan(
 
 
 def with_recipe(plan: Plan, checkpoint: Checkpoint, model: StreamedModel, recipe: Recipe, calibrated: bool) -> Plan:
-    """The plan with other formats, none of which takes more than the ones that it was made for."""
+    """The plan with other formats, which on the whole take no more than those that it was made for."""
     rows, kept, _, after = _decided(checkpoint, model, recipe, calibrated)
     return replace(plan, rows=rows, kept=kept, bytes_after=after)
 

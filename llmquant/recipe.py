@@ -52,6 +52,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
+    """Ordered rules, of which the first that matches a matrix counts.
+
+    Examples:
+        >>> down = llmquant.Rule("*.down_proj", "int8:g128")
+        >>> recipe = llmquant.Recipe((down, llmquant.Rule("lm_head", None), llmquant.Rule("*", "int4:g128")))
+        >>> recipe.rule_for("model.layers.0.mlp.down_proj").format, recipe.rule_for("lm_head").format
+        ('int8:g128', None)
+        >>> TEXT.write_text('[{"pattern": "*", "format": "mxfp4", "options": {"clip": "mse"}}]') > 0
+        True
+        >>> llmquant.Recipe.read(TEXT).rules[0].options
+        {'clip': 'mse'}
+    """
+
     rules: tuple[Rule, ...]
 
     @classmethod

@@ -17,7 +17,7 @@ STYLE = """
 body { max-width: 1180px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p { max-width: 46rem; } .tiles, .charts { display: grid; gap: .75rem; }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.tiles { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); align-items: start; }
 .tile, figure { background: #fff; border: 1px solid #e2e8f0; border-radius: 8px; margin: 0; padding: .75rem; }
 .tile b { display: block; font-size: 1.25rem; overflow-wrap: anywhere; }

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmquant import formats
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Stage, Streams, WeightSwap, stages
+from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import Row
@@ -268,6 +268,7 @@ def estimated(
     gradient reached cost nothing. None: the relative error of the outputs, summed over matrices.
     """
     streams = Streams.start(model, windows, batch, partial(progress, "embed"))
+    tokens = summed_windows(len(windows)) * windows.shape[1]
     sets: list[Fused] = []
     costs: list[list[float]] = []
     for block in range(len(model.block_names)):
@@ -275,7 +276,7 @@ def estimated(
         order = stages(model, block, streams)
         streams.remember(block, order)
         own = fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
-        found = _estimated_block(model, block, streams, order, own, curves, windows.numel())
+        found = _estimated_block(model, block, streams, order, own, curves, tokens)
         sets += own
         costs += found
         streams.advance(block, WeightSwap())

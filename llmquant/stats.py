@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
+TERMS = 512  # columns at a time of a sum of squares
 HELD = 2048  # tokens, at most, that are kept as they are, to judge a step on
 SLAB = 1024  # rows of a sum that are added up at once, by whichever process
 
@@ -53,6 +55,7 @@ class Stats:
     dropped: int = 0
     borrowed: int = 0  # tokens' worth of what the other experts of the layer saw
     pieces: list[tuple[Tensor, ...]] = field(default_factory=list)  # of held-out tokens
+    shared: dict[float, Any] = field(default_factory=dict)  # what solvers made of the sums, for linears that share them
     share: tuple[int, int] = (0, 1)
 
     @classmethod
@@ -135,7 +138,7 @@ class Stats:
         if lacking > 0 and (held := everything.held) is not None:
             chosen = torch.linspace(0, len(held.x) - 1, min(lacking, len(held.x))).long().to(held.x.device)
             pieces.append((held.x[chosen], held.x_ref[chosen]))
-        return replace(self, borrowed=borrowed, pieces=pieces)
+        return replace(self, borrowed=borrowed, pieces=pieces, shared={})
 
     @property
     def worth(self) -> int:
@@ -151,6 +154,7 @@ class Stats:
             cross=self.cross / outer,
             debt=None if self.debt is None else self.debt / scale,
             pieces=[(x / scale, x_ref / scale, *debt) for x, x_ref, *debt in self.pieces],
+            shared={},
         )
 
     def importance(self) -> Tensor:
@@ -160,7 +164,11 @@ class Stats:
 
     def output_energy(self, w: Tensor) -> float:
         """Mean over tokens of |w x|^2 = tr(w H w^T) / tokens, for w (out, in)."""
-        return float(torch.linalg.vecdot(w @ self.hessian, w).sum(dtype=torch.float64) / self.worth)
+        return self.mean(row_energy(w, self.hessian))
+
+    def mean(self, losses: Tensor) -> float:
+        """The mean over tokens of what rows (out,) lose together of all."""
+        return float(losses.sum(dtype=torch.float64) / self.worth)
 
 
 def finite_rows(x: Tensor) -> Tensor:
@@ -169,6 +177,20 @@ def finite_rows(x: Tensor) -> Tensor:
     Cheaper than to ask every entry.
     """
     return torch.linalg.vecdot(x, x).isfinite()
+
+
+def row_energy(w: Tensor, hessian: Tensor) -> Tensor:
+    """w_r H w_r^T of every row of w (out, in) for a symmetric H: half of a product, and no copy of w."""
+    total = w.new_zeros(len(w))
+    for start in range(0, w.shape[1], TERMS):
+        own = w[:, start : start + TERMS]
+        stop = start + own.shape[1]
+        felt = own @ hessian[start:stop, start:stop]
+        for later in range(stop, w.shape[1], TERMS):
+            there = slice(later, later + TERMS)
+            felt.addmm_(w[:, there], hessian[there, start:stop], alpha=2)
+        total += torch.linalg.vecdot(felt, own)
+    return total
 
 
 def energy(w: Tensor) -> float:

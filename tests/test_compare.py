@@ -178,7 +178,7 @@ def test_an_unknown_tool_is_a_wrong_command_line() -> None:
 def test_ratios_are_over_the_seeds_that_both_ran() -> None:
     runs = [result("llmquant-best", seed, kl=kl) for seed, kl in ((0, 0.1), (1, 0.3), (2, 9.0))]
     runs += [result("auto-round", seed, kl=kl) for seed, kl in ((0, 0.4), (1, 0.4), (3, 9.0))]
-    lines = tables.ratios(runs, ("llmquant-balanced", "llmquant-best"), ("auto-round",))
+    lines = tables.ratios(runs, [("llmquant-balanced", "auto-round"), ("llmquant-best", "auto-round")])
     assert lines[0] == "| model | format | balanced / auto-round | best / auto-round |"
     assert lines[2:] == ["| model | int3:g32:sym |  | 0.50 (2) |"]
 

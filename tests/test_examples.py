@@ -8,19 +8,26 @@ from pathlib import Path
 import pytest
 
 import llmquant
-from llmquant import api
+import llmquant.api
 from llmquant.formats import packing
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-@pytest.mark.parametrize("name", ["quantize", "export", "convert", "evaluate"])
+EXAMPLES = {
+    **{name: getattr(llmquant, name) for name in ("quantize", "load", "export", "convert", "evaluate", "Recipe")},
+    "formats.get": llmquant.formats.get,
+    "metrics.divergence": llmquant.metrics.divergence,
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_of_the_interface(name: str, pycode: Path, tmp_path: Path) -> None:
     """MODEL: the bundled model; OUTPUT: an empty folder; TEXT: a file to be written."""
     if name in ("export", "convert"):
         pytest.importorskip("compressed_tensors")
     known = {"llmquant": llmquant, "Path": Path, "MODEL": pycode, "OUTPUT": tmp_path, "TEXT": tmp_path / "text.txt"}
-    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(api, name), name, globs=known)
+    (example,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name, globs=known)
     assert example.examples
     report: list[str] = []
     failed = doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append).failed

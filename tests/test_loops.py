@@ -88,9 +88,16 @@ def rounded(w: Tensor, lattice: Lattice) -> Tensor:
     return (all_values(lattice, *w.shape) - w.double().unsqueeze(-1)).abs().argmin(-1).to(torch.uint8)
 
 
-def random_factor(size: int, seed: int = 5) -> Tensor:
+def random_mix(size: int, seed: int = 5) -> Tensor:
+    """R of H = R D R^T: upper, ones along the diagonal."""
     noise = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
-    return torch.linspace(0.5, 2, size).diag() + 0.1 * noise.triu(1)
+    return torch.eye(size) + 0.1 * noise.triu(1)
+
+
+def rounded_block(
+    w: Tensor, mix: Tensor, lattice: Lattice, columns: Tensor, sweep: loops.Sweep | None = None
+) -> tuple[Tensor, Tensor]:
+    return loops.gptq_block(w, torch.zeros_like(w), mix, lattice, columns, sweep=sweep)
 
 
 @pytest.fixture
@@ -107,46 +114,41 @@ def threads() -> Iterator[None]:
 def test_without_feedback_a_block_is_rounded_to_nearest(spec: str) -> None:
     w, fmt, grid, lattice = problem(spec)
     columns = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(4))
-    work = w[:, columns].contiguous()
-    places, errors = loops.gptq_block(work, torch.eye(COLUMNS), lattice, columns)
-    assert torch.equal(work, w[:, columns])
+    places, errors = rounded_block(w[:, columns], torch.eye(COLUMNS), lattice, columns)
     expected = fmt.decode(fmt.encode(w, grid), grid)
     in_place = torch.empty_like(places).index_copy_(1, columns, places)
     assert torch.equal(fmt.decode(lattice.codes[in_place.long()], grid), expected)
-    torch.testing.assert_close(errors, (w - expected)[:, columns], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(errors, (expected - w)[:, columns], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_block_of_gptq_is_that_of_the_paper(spec: str) -> None:
     w, _, _, lattice = problem(spec)
     columns = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(4))[:40]
-    work = w[:, columns].contiguous()
-    u = random_factor(40)
-    places, errors = loops.gptq_block(work, u, lattice, columns)
-    found = work.clone()
+    h = definite(40, seed=5).double()
+    u = torch.linalg.cholesky(h.inverse(), upper=True)
+    mix = torch.linalg.inv(u / u.diagonal().unsqueeze(1))
+    places, errors = rounded_block(w[:, columns], mix.float(), lattice, columns)
 
     table = all_values(lattice, ROWS, COLUMNS)
-    paper, u = w[:, columns].double(), u.double()
+    paper = w[:, columns].double()
     for i in range(40):
         ladder = table[:, columns[i]]
         value = ladder.gather(1, (ladder - paper[:, i : i + 1]).abs().argmin(1, keepdim=True))
         torch.testing.assert_close(ladder.gather(1, places[:, i : i + 1].long()), value)
-        error = (paper[:, i : i + 1] - value) / u[i, i]
-        torch.testing.assert_close(errors[:, i : i + 1].double(), error, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found[:, i].double(), paper[:, i], rtol=1e-4, atol=1e-5)
-        paper[:, i + 1 :] -= error * u[i, i + 1 :]
+        lost = value - w[:, columns[i], None].double()
+        torch.testing.assert_close(errors[:, i : i + 1].double(), lost, rtol=1e-4, atol=1e-5)
+        paper[:, i + 1 :] -= (paper[:, i : i + 1] - value) / u[i, i] * u[i, i + 1 :]
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiled_and_torch_agree_on_a_block_of_gptq(spec: str) -> None:
     w, _, _, lattice = problem(spec, rows=150)
-    columns, u = torch.arange(COLUMNS), random_factor(COLUMNS)
-    one, other = w.clone(), w.clone()
-    places, errors = loops.gptq_block(one, u, lattice, columns, sweep=loops.sweep_compiled)
-    expected, expected_errors = loops.gptq_block(other, u, lattice, columns, sweep=loops.sweep_torch)
+    columns, mix = torch.arange(COLUMNS), random_mix(COLUMNS)
+    places, errors = rounded_block(w, mix, lattice, columns, sweep=loops.sweep_compiled)
+    expected, expected_errors = rounded_block(w, mix, lattice, columns, sweep=loops.sweep_torch)
     assert torch.equal(places, expected)
     torch.testing.assert_close(errors, expected_errors, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 # ---- descent
@@ -251,9 +253,8 @@ def test_the_number_of_threads_does_not_change_a_bit(width: int) -> None:
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        work = w.clone()
-        places, errors = loops.gptq_block(work, random_factor(1100), lattice, torch.arange(1100))
-        found.append((work, places, errors, loops.descend(w, places, lattice, h, curvature)[0]))
+        places, errors = rounded_block(w, random_mix(1100), lattice, torch.arange(1100))
+        found.append((places, errors, loops.descend(w, places, lattice, h, curvature)[0]))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
@@ -265,7 +266,7 @@ def test_the_number_of_threads_does_not_change_a_bit(width: int) -> None:
 def test_numbers_that_are_none_get_a_place_all_the_same(spec: str, sweep: loops.Sweep) -> None:
     w, _, _, lattice = problem(spec)
     w[0, 0], w[1, 1], w[2, 2] = torch.nan, torch.inf, -torch.inf
-    places, _ = loops.gptq_block(w, random_factor(COLUMNS), lattice, torch.arange(COLUMNS), sweep=sweep)
+    places, _ = rounded_block(w, random_mix(COLUMNS), lattice, torch.arange(COLUMNS), sweep=sweep)
     assert places.max() < lattice.levels.shape[1]
 
 
@@ -274,7 +275,7 @@ def test_numbers_that_are_none_get_a_place_all_the_same(spec: str, sweep: loops.
 def test_a_scale_of_zero_makes_zeros(spec: str, sweep: loops.Sweep) -> None:
     w, _, _, lattice = problem(spec)
     lattice.scale[:, 1] = 0.0
-    places, _ = loops.gptq_block(w, random_factor(COLUMNS), lattice, torch.arange(COLUMNS), sweep=sweep)
+    places, _ = rounded_block(w, random_mix(COLUMNS), lattice, torch.arange(COLUMNS), sweep=sweep)
     nearest_to_zero = lattice.levels[0] if lattice.zero is None else lattice.levels[0] - lattice.zero[:, 1:2]
     assert torch.equal(places[:, 32:64].long(), nearest_to_zero.abs().argmin(-1, keepdim=True).expand(ROWS, 32))
     assert (values(lattice, places)[:, 32:64] == 0).all()

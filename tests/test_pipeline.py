@@ -20,9 +20,10 @@ from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import DataError, OutputError, PlanError
+from llmquant.formats import Format, Grid
 from llmquant.output import CALIBRATION
 from llmquant.recipe import Recipe, Rule
-from llmquant.solvers import gptq
+from llmquant.solvers import Solution, gptq
 from llmquant.stats import Stats
 
 SMALL = pipeline.Calibration("self", samples=4, length=32, batch=2)
@@ -370,9 +371,14 @@ def test_a_step_that_improves_its_own_figures_and_harms_the_block_is_taken_back(
     assert len(sound) == 42
     assert sum(step["kept"] for step in sound) > 20
     assert all(step["kept"] == (step["error"] < step["before"]) for step in sound)
-    monkeypatch.setattr(gptq, "two_sided", lambda w, places, grid, fmt, hessian, curvature: fmt.encode(-w, grid))
-    spoilt = steps("spoilt")
-    assert not any(step["kept"] for step in spoilt)
+
+    def spoilt(
+        w: Tensor, aim: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, stats: Stats
+    ) -> Solution:
+        return gptq.solution(w, fmt.encode(-w, grid), grid, fmt, stats)
+
+    monkeypatch.setattr(gptq, "two_sided", spoilt)
+    assert not any(step["kept"] for step in steps("spoilt"))
     monkeypatch.undo()
     monkeypatch.setattr(pipeline, "curvature", lambda *args, **kwargs: {})
     assert steps("without") == []

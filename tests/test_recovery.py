@@ -101,7 +101,7 @@ def test_a_solver_that_is_worse_than_rounding(damage: float, monkeypatch: pytest
 
 def test_the_own_solver_says_so_where_all_its_steps_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     w, stats = data()
-    monkeypatch.setattr(gptq, "sweep", lambda w, hessian, lattice: torch.zeros_like(w, dtype=torch.uint8))
+    monkeypatch.setattr(gptq, "sweep", lambda w, felt, lattice: torch.zeros_like(w, dtype=torch.uint8))
     monkeypatch.setattr(loops, "descend", lambda w, places, *args, **kwargs: (places, None))
     found, _, noted = solve(w, stats)
     assert noted == ["gptq was worse than rounding to nearest on tokens held out: rounded to nearest"]
@@ -114,7 +114,7 @@ def test_a_hessian_that_is_not_positive_definite() -> None:
     with recoveries() as noted:
         factor = algebra.robust_factor(hessian)
     assert noted == ["the Hessian is not positive definite: its diagonal was raised by 5%"]
-    torch.testing.assert_close(factor.T @ factor @ (hessian + 0.05 * torch.eye(8)), torch.eye(8), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(factor @ factor.T, hessian + 0.05 * torch.eye(8), rtol=1e-4, atol=1e-4)
     hessian[0, 1] = hessian[1, 0] = 5.0
     with recoveries() as noted:
         factor = algebra.robust_factor(hessian)

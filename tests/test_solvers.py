@@ -13,7 +13,7 @@ from llmquant import formats
 from llmquant.errors import PlanError
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import SOLVERS, algebra, coarse, gptq, loops, refit
-from llmquant.stats import Stats
+from llmquant.stats import Stats, row_energy
 
 SPECS = [
     *("int4:g32", "int3:g32", "int2:g48", "int3:g32:asym", "int3:g32:asym_float", "int4:channel", "int3:tensor"),
@@ -80,7 +80,7 @@ def test_with_inputs_that_have_nothing_in_common_the_sweep_is_plain_rounding(spe
     fmt, w = settled(spec), weight()
     grid = fmt.fit(w)
     lattice = fmt.lattice(grid)
-    places = gptq.sweep(w, torch.eye(112), lattice)
+    places = gptq.sweep(w, algebra.Metric.of(torch.eye(112)), lattice)
     assert torch.equal(fmt.decode(lattice.codes[places.int()], grid), fmt.decode(fmt.encode(w, grid), grid))
 
 
@@ -90,7 +90,7 @@ def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
     hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
     lattice = fmt.lattice(grid)
-    places = gptq.sweep(w, hessian, lattice)
+    places = gptq.sweep(w, algebra.Metric.of(hessian), lattice)
 
     def loss() -> float:
         error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
@@ -102,6 +102,9 @@ def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
         losses.append(loss())
         places, _ = loops.descend(w, places, fmt.lattice(grid), hessian)
         losses.append(loss())
+        if len(grid.scale) == len(w):
+            grid, places = gptq.refine(w, places, grid, fmt, hessian)
+            losses.append(loss())
     assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(losses))
     assert losses[-1] < losses[0]
 
@@ -114,7 +117,7 @@ def test_coarse_scales_are_chosen_again_and_the_loss_only_falls(spec: str) -> No
     fmt, w = settled(spec), weight()
     hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
-    places = gptq.sweep(w, hessian, fmt.lattice(grid))
+    places = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
 
     def losses(places: Tensor, grid: formats.Grid) -> Tensor:
         error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
@@ -142,7 +145,7 @@ def test_a_wrong_exponent_is_put_right(spec: str) -> None:
         wrong = fmt.alternative(grid, which)
         assert wrong is not None
         start = replace(grid, scale=wrong[1])
-        places = gptq.sweep(w, hessian, fmt.lattice(start))
+        places = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(start))
         lost = (fmt.decode(fmt.lattice(start).codes[places.int()], start) - w).square().sum()
         found, places = coarse.choose(w, places, start, fmt, hessian)
         again = (fmt.decode(fmt.lattice(found).codes[places.int()], found) - w).square().sum()
@@ -162,9 +165,30 @@ def test_fine_scales_are_not_tried() -> None:
 def test_inverse_factor() -> None:
     hessian = algebra.damped(calibrated().hessian, 0.01).double()
     factor = algebra.inverse_factor(hessian)
-    assert factor is not None
     torch.testing.assert_close(factor.T @ factor, hessian.inverse(), rtol=1e-6, atol=1e-12)
     assert torch.equal(factor, factor.triu())
+
+
+@pytest.mark.parametrize("size", [1, 256, 300, 800])
+def test_a_factor_and_what_it_solves(size: int) -> None:
+    stats = calibrated(size, 2 * size)
+    felt = algebra.metric(stats, 0.03)
+    assert algebra.metric(replace(stats, curvature=torch.eye(3)), 0.03) is felt  # linears that share their input
+    assert algebra.metric(stats.scaled(torch.full((size,), 2.0)), 0.03) is not felt
+    ordered = felt.hessian[felt.order][:, felt.order]
+    assert torch.equal(ordered.diagonal(), ordered.diagonal().sort(descending=True).values)
+    assert torch.equal(felt.factor, felt.factor.triu())
+    root = felt.factor.double()
+    torch.testing.assert_close(root @ root.T, ordered.double(), rtol=1e-5, atol=1e-5 * float(ordered.max()))
+    right = torch.randn(7, size, generator=torch.Generator().manual_seed(9))
+    wanted = torch.linalg.solve(felt.hessian.double(), right.T.double()).T
+    torch.testing.assert_close(felt.solved(right.clone()).double(), wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
+
+
+def test_the_energy_of_rows() -> None:
+    w, hessian = weight(5, 1300), calibrated(1300, 100).hessian
+    wanted = ((w.double() @ hessian.double()) * w.double()).sum(1)
+    torch.testing.assert_close(row_energy(w, hessian).double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_sweep_is_the_textbook_algorithm() -> None:
@@ -172,7 +196,7 @@ def test_sweep_is_the_textbook_algorithm() -> None:
     fmt, w = settled("int3:g28"), weight(6, 56)
     hessian = algebra.damped(calibrated(56).hessian, 0.05)
     grid = fmt.fit(w)
-    places = gptq.sweep(w, hessian, fmt.lattice(grid))
+    places = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
     order = hessian.diagonal().argsort(descending=True, stable=True).tolist()
     rest, inverse = w.double().clone(), hessian.double().inverse()
     wanted = torch.empty(6, 56)
@@ -187,6 +211,11 @@ def test_sweep_is_the_textbook_algorithm() -> None:
     assert (found == wanted).float().mean() > 0.99  # a tie in one precision is none in the other
 
 
+def target(w: Tensor, stats: Stats) -> Tensor:
+    assert stats.held is not None
+    return gptq.aimed(w, stats, algebra.metric(stats, 0.03), stats.held.missed(w))
+
+
 def test_target_is_what_least_squares_gives() -> None:
     """With held-out tokens that are those of the sums, the whole of the correction pays."""
     w, generator = weight(5, 24), torch.Generator().manual_seed(5)
@@ -196,7 +225,7 @@ def test_target_is_what_least_squares_gives() -> None:
     stats.update(x, x_ref)
     stats.hold(x, x_ref, most=3000)
     best = torch.linalg.lstsq(x.double(), x_ref.double() @ w.T.double()).solution.T
-    assert (gptq.aimed(w, stats) - best).norm() < 0.02 * (best - w).norm()
+    assert (target(w, stats) - best).norm() < 0.05 * (best - w).norm()  # the damping keeps it short of all
 
 
 def test_target_pays_what_the_residual_stream_lacks() -> None:
@@ -205,7 +234,7 @@ def test_target_pays_what_the_residual_stream_lacks() -> None:
     stats = Stats.empty(24)
     stats.update(x, x, x @ lacking.T)
     stats.hold(x, x, x @ lacking.T)
-    torch.testing.assert_close(gptq.aimed(w, stats), w + lacking, rtol=0.02, atol=0.001)
+    torch.testing.assert_close(target(w, stats), w + lacking / 1.03, rtol=0.02, atol=0.001)
 
 
 def test_noise_is_not_aimed_at() -> None:
@@ -216,7 +245,7 @@ def test_noise_is_not_aimed_at() -> None:
         x = torch.randn(80, 64, generator=generator)
         add(x, x + torch.randn(80, 64, generator=generator))
     w = weight(16, 64)
-    assert (gptq.aimed(w, stats) - w).norm() < 0.15 * w.norm()
+    assert (target(w, stats) - w).norm() < 0.15 * w.norm()
 
 
 # ---- when things go wrong
@@ -247,7 +276,7 @@ def test_no_hessian_breaks_it(kind: str) -> None:
 def test_a_step_that_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep that has gone wrong: what is kept is the rounding before it, and the record says so."""
     fmt, w, stats = settled("int4:g32"), weight(), calibrated()
-    monkeypatch.setattr(gptq, "sweep", lambda aim, hessian, lattice: torch.zeros(aim.shape, dtype=torch.uint8))
+    monkeypatch.setattr(gptq, "sweep", lambda aim, felt, lattice: torch.zeros(aim.shape, dtype=torch.uint8))
     solution = SOLVERS["gptq"](w, stats, fmt, rounds=0)
     plain = SOLVERS["rtn"](w, stats, fmt)
     assert [(step.name, step.kept) for step in solution.steps] == [("rounding", True), ("sweep", False)]
@@ -261,6 +290,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
+            stats.shared.clear()
             found.append(SOLVERS["gptq"](w, stats, fmt))
     finally:
         torch.set_num_threads(threads)

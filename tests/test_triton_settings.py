@@ -195,4 +195,10 @@ def test_others_are_given_the_weights_that_they_are_judged_by(monkeypatch: pytes
     for wrong, name in ((task._replace(kind="mx6"), "conch"), (task._replace(shape=(24, 100)), "gemlite")):
         with pytest.raises(bench_rivals.Skipped):
             bench_rivals.ADAPTERS[name](wrong, x)
+    monkeypatch.setattr(bench_gpu, "graph_seconds", lambda calls: 1e-6)
+    monkeypatch.setattr(bench_gpu, "SPENT", {"conch": 2.0})
+    times, errors = bench_gpu.beside(bench_gpu.Case("int4", (24, 256), 3), x, "cpu", 1.0)
+    assert times["conch"] == "skipped: took its 1 s"
+    assert times["gemlite"] == times["cublas"] == pytest.approx(1.0)
+    assert set(errors) == {name for name, found in times.items() if isinstance(found, float)}
     assert set(bench_rivals.versions()) == set(bench_rivals.ADAPTERS) - {"cublas", "tinygemm"}

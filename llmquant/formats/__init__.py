@@ -52,6 +52,15 @@ def get(spec: str) -> Format:
     """The format that `spec` names, such as "int4:g128", "int8:channel", "int3:g64:asym:bf16".
 
     Raises PlanError for an unknown name or option.
+
+    Examples:
+        >>> import torch
+        >>> fmt = llmquant.formats.get("int4:g4:fp32")
+        >>> codes, grid = fmt.quantize(torch.tensor([[0.1, -0.8, 0.3, 0.4]]), clip="minmax")
+        >>> codes.tolist(), grid.scale.tolist()
+        ([[1, -8, 3, 4]], [[0.10000000149011612]])
+        >>> sorted(fmt.pack(codes, grid)), fmt.bits_per_weight((4096, 4096))
+        (['weight_packed', 'weight_scale', 'weight_shape'], 12.0...)
     """
     name, *options = spec.split(":")
     for pattern, parse in FAMILIES.items():

@@ -1,14 +1,32 @@
-"""What solvers do to matrices alike: damp a Hessian and factor it, lay out what groups of columns share."""
+"""What solvers do to matrices alike: damp a Hessian and factor it, lay out what groups of columns share.
+
+How a long sum is cut up among threads would change its bits. So products are added up in runs of terms that no library
+cuts, and factors are made of such products: the bits are the same for any number of threads.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmquant.formats.base import Lattice
-from llmquant.solvers.base import note_recovery
+from llmquant.solvers.base import note_recovery, recoveries
+from llmquant.stats import Stats
 
 DAMPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# Terms of a product that are added up in one go: MKL does not cut up to 512.
+TERMS = 256
+BLOCK = 256  # columns of a factor that are found at once
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """alpha a @ b, added to `out` in place where that is given."""
+    out = a.new_zeros(len(a), b.shape[1]) if out is None else out
+    for left, right in zip(a.split(TERMS, dim=1), b.split(TERMS), strict=True):
+        out.addmm_(left, right, alpha=alpha)
+    return out
 
 
 def damped(hessian: Tensor, damp: float) -> Tensor:
@@ -24,29 +42,98 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     return hessian
 
 
-def inverse_factor(hessian: Tensor) -> Tensor | None:
-    """Upper U with U^T U = hessian^-1: of the flipped matrix one Cholesky factor, inverted and flipped back.
+def factored(matrix: Tensor) -> Tensor | None:
+    """Upper U (n, n) with U U^T = matrix, which it takes the place of; None where that is not positive definite.
 
-    Half the arithmetic of inverting and factoring again, and one rounding less. None where the matrix is not positive
-    definite.
+    The Cholesky factor from the last column to the first, a block of columns at a time: nearly all of it products.
     """
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if failed:
-        return None
+    for stop in range(len(matrix), 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        above = matrix[:stop, start:stop]
+        product(matrix[:stop, stop:], matrix[start:stop, stop:].T, above, -1)
+        lower, failed = torch.linalg.cholesky_ex(above[start:].flip(0, 1))
+        if failed or not lower.diagonal().isfinite().all():
+            return None
+        own = lower.flip(0, 1)
+        above[:start] = torch.linalg.solve_triangular(own.T, above[:start], upper=False, left=False)
+        above[start:] = own
+        matrix[stop:, start:stop] = 0
+    return matrix
+
+
+def solved(right: Tensor, factor: Tensor) -> Tensor:
+    """X (rows, n) with X U U^T = right, which it takes the place of, for the factor U (n, n)."""
+    size = len(factor)
+    blocks = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+    for here in reversed(blocks):
+        own, part = factor[here, here], right[:, here]
+        product(right[:, here.stop :], factor[here, here.stop :].T, part, -1)
+        part.copy_(torch.linalg.solve_triangular(own.T, part, upper=False, left=False))
+    for here in blocks:
+        own, part = factor[here, here], right[:, here]
+        product(right[:, : here.start], factor[: here.start, here], part, -1)
+        part.copy_(torch.linalg.solve_triangular(own, part, upper=True, left=False))
+    return right
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper V with V^T V = hessian^-1, more damped where it must be: see robust_factor."""
+    factor = robust_factor(hessian)
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return torch.linalg.solve_triangular(factor, identity, upper=True)
 
 
-def robust_factor(hessian: Tensor) -> Tensor:
-    """inverse_factor of a damped Hessian that may still be singular: more damping until it is not."""
+def robust_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
+    """Upper U with U U^T = hessian[order][:, order], of a damped Hessian that may still be singular: more damping until
+    it is not.
+    """
     for extra in (0.0, *DAMPS):
-        factor = inverse_factor(damped(hessian, extra) if extra else hessian)
-        if factor is not None and torch.isfinite(factor.diagonal()).all():
+        matrix = damped(hessian, extra) if extra else hessian
+        factor = factored(matrix.clone() if order is None else matrix[order[:, None], order])
+        if factor is not None:
             if extra:
                 note_recovery(f"the Hessian is not positive definite: its diagonal was raised by {extra:.0%}")
             return factor
     note_recovery("the Hessian is not positive definite, however damped: errors are not spread")
-    return torch.diag(hessian.diagonal().rsqrt())  # errors stay where they are made: plain rounding
+    diagonal = hessian.diagonal() if order is None else hessian.diagonal()[order]
+    return torch.diag(diagonal.sqrt())  # errors stay where they are made: plain rounding
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What errors of a weight cost, and in which order its columns are rounded.
+
+    hessian (in, in) float32, damped; order (in,) int64, by descending diagonal; factor (in, in): upper, U U^T =
+    hessian[order][:, order]; noted: what had to be done for it.
+    """
+
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor
+    noted: tuple[str, ...]
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> Metric:
+        """Of a damped Hessian (in, in)."""
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        with recoveries() as noted:
+            factor = robust_factor(hessian, order)
+        return cls(hessian, order, factor, tuple(noted))
+
+    def solved(self, right: Tensor) -> Tensor:
+        """right hessian^-1, for right (rows, in), which is overwritten."""
+        found = solved(right[:, self.order], self.factor)
+        return right.index_copy_(1, self.order, found)
+
+
+def metric(stats: Stats, damp: float) -> Metric:
+    """That of the damped Hessian: made once for all linears that share their input, and kept with its sums."""
+    if damp not in stats.shared:
+        stats.shared[damp] = Metric.of(damped(stats.hessian, damp))
+    found: Metric = stats.shared[damp]
+    for what in found.noted:
+        note_recovery(what)
+    return found
 
 
 def steps_of(places: Tensor, lattice: Lattice) -> Tensor:

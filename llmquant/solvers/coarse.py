@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmquant.formats import Format, Grid
 from llmquant.solvers import loops
-from llmquant.solvers.algebra import of_columns, robust_factor, steps_of
+from llmquant.solvers.algebra import of_columns, product, robust_factor, solved, steps_of
 
 
 def choose(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
@@ -32,7 +32,7 @@ def _tried(
     lattice = fmt.lattice(replace(grid, scale=scale))
     old = fmt.lattice(grid)
     error = steps_of(places, old).mul_(of_columns(old.scale, w.shape[1], old.group)).sub_(w)
-    gradient = error @ hessian
+    gradient = product(error, hessian)
     places, chosen = places.clone(), grid.scale.clone()
     for start in range(0, w.shape[1], width):
         here = slice(start, min(start + width, w.shape[1]))
@@ -40,9 +40,10 @@ def _tried(
         local, mine = hessian[here, here], error[:, here]
         rest = gradient[:, here] - mine @ local  # what the errors of other columns ask for
         factor = robust_factor(local)
-        goal = w[:, here] - (rest @ factor.T) @ factor
+        goal = w[:, here] - solved(rest.clone(), factor)
         columns = torch.arange(start, here.stop, device=w.device)
-        found, _ = loops.gptq_block(goal, factor, lattice, columns)
+        mix = factor / factor.diagonal()
+        found, _ = loops.gptq_block(goal, torch.zeros_like(goal), mix, lattice, columns)
         levels = lattice.levels.expand(len(w), -1).gather(1, found.long())
         new = levels * of_columns(scale[:, groups], here.stop - start, grid.group) - w[:, here]
         better = _loss(new, local, rest) < _loss(mine, local, rest)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llmquant.formats import Format
 from llmquant.formats.base import Lattice
-from llmquant.solvers import gptq, loops
-from llmquant.solvers.algebra import robust_factor
+from llmquant.solvers import loops
+from llmquant.solvers.algebra import inverse_factor
 from llmquant.solvers.base import Solution
 from llmquant.stats import Stats
 
@@ -55,18 +55,20 @@ def sweep(w: Tensor, hessian: Tensor, cross: Tensor, lattice: Lattice) -> Tensor
     cross (in, in): sum of (x_ref - x) x^T, on the scale of the Hessian.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = robust_factor(hessian[order][:, order])
+    factor = inverse_factor(hessian[order][:, order])
     carried = (cross[order][:, order] @ factor.T).triu_(1) @ factor
     rest = w[:, order].contiguous()
     places = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, w.shape[1], gptq.BLOCK):
-        block = slice(start, min(start + gptq.BLOCK, w.shape[1]))
+    for start in range(0, w.shape[1], loops.BLOCK):
+        block = slice(start, min(start + loops.BLOCK, w.shape[1]))
         current, errors = rest[:, block].contiguous(), torch.empty_like(rest[:, block])
         for i in range(start, block.stop):
             here, at = slice(i - start, i - start + 1), slice(i, i + 1)
             later, after = current[:, i - start + 1 :], slice(i + 1, block.stop)
             column = current[:, here].contiguous()
-            places[:, order[at]], errors[:, here] = loops.gptq_block(column, factor[at, at], lattice, order[at])
+            nothing, alone = torch.zeros_like(column), torch.ones_like(column[:1])
+            places[:, order[at]], moved = loops.gptq_block(column, nothing, alone, lattice, order[at])
+            errors[:, here] = moved.div_(-factor[i, i])
             later.addmm_(errors[:, here], factor[at, after], alpha=-1).addmm_(column, carried[at, after])
         rest[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
         rest[:, block.stop :].addmm_(current, carried[block, block.stop :])

@@ -7,11 +7,11 @@ Three things are added:
 target   The inputs x of the quantized model are not those, x_ref, that the original weight was made for, and the
          residual stream that the output is added to lacks some d already. What minimizes |Q x - W x_ref - d|^2 is as
          near as can be, in the metric of the Hessian, to W* = W + E[(W (x_ref - x) + d) x^T] (H + l diag H)^-1 with
-         H = E[x x^T]. How far to go towards W*, and l, are chosen on tokens that none of the sums contains.
+         H = E[x x^T]. How far to go towards W* is chosen on tokens that none of the sums contains; l is the damping.
 refit    With all codes as they are the best scale of a group is known in closed form; it is taken where it still is
          better after rounding to its stored type.
 descent  With all scales and all other codes as they are the best value of one code is known: column by column, as often
-         as asked.
+         as asked. Groups are refit when their turn comes, from the same gradient.
 
 Every step is judged on held-out tokens and taken back where it made things worse. Where the curvature G of the loss in
 the outputs is known, descent goes on from there on tr(G D H D^T), in which errors of different outputs make up for each
@@ -29,20 +29,17 @@ from torch import Tensor
 
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
-from llmquant.solvers import coarse, loops
-from llmquant.solvers.algebra import damped, of_columns, robust_factor
+from llmquant.solvers import coarse, loops, refit
+from llmquant.solvers.algebra import Metric, metric, of_columns, product
 from llmquant.solvers.base import Solution, Step
-from llmquant.solvers.refit import refit
-from llmquant.stats import Held, Stats, energy
+from llmquant.stats import Held, Stats, energy, row_energy
 
-BLOCK = 128  # columns whose errors are spread at once
-RIDGES = (0.001, 0.01, 0.1, 1.0)  # l, as a fraction of every input's own mean square
+WIDE = 512  # columns of a group beyond which its scale is not refit block by block
 # Added to the diagonal of G, as a fraction of its mean. A tenth of it can destroy a model while all of the solver's own
 # figures improve: rows that the loss hardly feels are spent on others.
 OUTPUT_DAMP = 0.3
 OUTPUT_SWEEPS = 4
 ROW_LIMIT = 2.0  # times the loss that a row had before, beyond which it stays as it was
-TRIED = 256  # rows on which l is chosen: all share it, and the tokens are many
 
 
 def solve(
@@ -71,46 +68,61 @@ def solve(
     ladder = Ladder(w, stats.held)
     importance = stats.importance()
     ladder.offer("rounding", *fmt.quantize(w, importance, clip=clip), fmt)
-    hessian = damped(stats.hessian, damp)
-    aim = aimed(w, stats) if target else w
-    from_grid = partial(_from_grid, aim, fmt=fmt, hessian=hessian, rounds=rounds, exponents=exponents)
+    felt = metric(stats, damp)
+    aim = aimed(w, stats, felt, ladder.missed) if target else w
+    from_grid = partial(_from_grid, aim, fmt=fmt, felt=felt, rounds=rounds, exponents=exponents)
     places, grid = from_grid(fmt.fit(aim, importance, clip=clip), ladder=ladder)
     others = [(None, clip), (None, "minmax")][: starts - 1]
     for weights, rule in others:
         found = from_grid(fmt.fit(aim, weights, clip=rule), ladder=None)
-        places, grid = _best_rows(aim, hessian, fmt, (places, grid), found)
+        places, grid = _best_rows(aim, felt.hessian, fmt, (places, grid), found)
     if others:
         ladder.offer("starts", fmt.lattice(grid).codes[places.int()], grid, fmt)
     best = replace(solution(w, ladder.codes, ladder.grid, fmt, stats), steps=tuple(ladder.steps))
     if stats.curvature is not None and rounds:
-        codes = two_sided(aim, places, grid, fmt, hessian, stats.curvature)
-        best = replace(best, rival=solution(w, codes, grid, fmt, stats))
-    return _leaning(best, aim, fmt, hessian) if lean else best
+        best = replace(best, rival=two_sided(w, aim, places, grid, fmt, felt.hessian, stats))
+    return _leaning(best, aim, fmt, felt.hessian) if lean else best
 
 
 def _from_grid(
-    aim: Tensor, grid: Grid, fmt: Format, hessian: Tensor, rounds: int, exponents: bool, ladder: Ladder | None
+    aim: Tensor, grid: Grid, fmt: Format, felt: Metric, rounds: int, exponents: bool, ladder: Ladder | None
 ) -> tuple[Tensor, Grid]:
     """Sweep, refit and descend: places and grid. What each step finds is offered to the ladder, if there is one."""
 
     def offer(name: str) -> None:
         if ladder is not None:
-            ladder.offer(name, lattice.codes[places.int()], grid, fmt)
+            ladder.offer(name, fmt.lattice(grid).codes[places.int()], grid, fmt)
 
-    lattice = fmt.lattice(grid)
-    places = sweep(aim, hessian, lattice)
+    places = sweep(aim, felt, fmt.lattice(grid))
     offer("sweep")
+    together = len(grid.scale) == len(aim) and grid.group <= WIDE  # refit and descent, block by block
     for round in range(rounds):
-        grid, places = refit(aim, places, grid, fmt, hessian)
+        if not together:
+            grid = refit.scales(aim, places, grid, fmt, felt.hessian)
+        if grid.levels is not None:
+            grid, places = refit.tables(aim, places, grid, fmt, felt.hessian)
         if exponents:
-            grid, places = coarse.choose(aim, places, grid, fmt, hessian)
-        lattice = fmt.lattice(grid)
-        places, _ = loops.descend(aim, places, lattice, hessian)
+            grid, places = coarse.choose(aim, places, grid, fmt, felt.hessian)
+        if together:
+            grid, places = refine(aim, places, grid, fmt, felt.hessian)
+        else:
+            places, _ = loops.descend(aim, places, fmt.lattice(grid), felt.hessian)
         offer(f"descent {round + 1}")
-    if rounds:
-        grid, places = refit(aim, places, grid, fmt, hessian)
+    if rounds and (not together or grid.levels is not None):
+        grid, places = refit.refit(aim, places, grid, fmt, felt.hessian)
         offer("refit")
     return places, grid
+
+
+def refine(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
+    """One descent in which the scale of every group is refit when its turn comes: grid and places (out, in)."""
+    grid = replace(grid, scale=grid.scale.clone())
+
+    def stored(scale: Tensor, group: int) -> Tensor:
+        return fmt.storable(scale, grid, group)
+
+    places, _ = loops.descend(w, places, fmt.lattice(grid), hessian, stored=stored)
+    return grid, places
 
 
 def _best_rows(
@@ -120,7 +132,7 @@ def _best_rows(
     losses = []
     for places, grid in (one, other):
         missed = fmt.decode(fmt.lattice(grid).codes[places.int()], grid).sub_(aim)
-        losses.append(torch.linalg.vecdot(missed @ hessian, missed))
+        losses.append(row_energy(missed, hessian))
     better = losses[1] < losses[0]
     mixed = one[1].rows_of(other[1], better)
     if mixed is None:
@@ -133,7 +145,7 @@ def _leaning(found: Solution, aim: Tensor, fmt: Format, hessian: Tensor) -> Solu
     missed = fmt.decode(found.codes, found.grid).sub_(aim).neg_()
     levels = fmt.lattice(found.grid).levels
     gap = of_columns(found.grid.scale, aim.shape[1], found.grid.group) * gaps(levels)
-    lean = (missed @ hessian).div_(hessian.diagonal()).div_(gap).nan_to_num_(0.0).clamp_(-1, 1)
+    lean = product(missed, hessian).div_(hessian.diagonal()).div_(gap).nan_to_num_(0.0).clamp_(-1, 1)
     rival = found.rival and _leaning(found.rival, aim, fmt, hessian)
     return replace(found, lean=lean.half(), rival=rival)
 
@@ -142,22 +154,25 @@ def solution(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) ->
     return Solution(codes, grid, stats.output_energy(fmt.decode(codes, grid).sub_(w)))
 
 
-def two_sided(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, curvature: Tensor) -> Tensor:
-    """Codes (out, in) from descent on tr(G D H D^T), G (blocks, b, b) along the diagonal, with scales as they are.
+def two_sided(
+    w: Tensor, aim: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, stats: Stats
+) -> Solution:
+    """What descent on tr(G D H D^T) finds, D = Q - aim, with scales as they are and G in blocks (blocks, b, b).
 
     Source: the curvature of K-FAC (arXiv:1503.05671) as the metric of rounding, as in A. Tseng et al., "YAQA",
     arXiv:2505.22988.
     """
+    curvature = stats.curvature
+    assert curvature is not None
     lattice = fmt.lattice(grid)
     mean = curvature.diagonal(dim1=1, dim2=2).mean()
     raised = curvature + OUTPUT_DAMP * mean * torch.eye(curvature.shape[1], device=curvature.device)
-    found, _ = loops.descend(w, places, lattice, hessian, raised, sweeps=OUTPUT_SWEEPS)
-    codes = lattice.codes[found.int()]
-    before = fmt.decode(lattice.codes[places.int()], grid).sub_(w)
-    after = fmt.decode(codes, grid).sub_(w)
-    spent = torch.linalg.vecdot(after @ hessian, after) > ROW_LIMIT * torch.linalg.vecdot(before @ hessian, before)
-    codes[spent] = lattice.codes[places[spent].int()]
-    return codes
+    found, _ = loops.descend(aim, places, lattice, hessian, raised, sweeps=OUTPUT_SWEEPS)
+    codes, old = lattice.codes[found.int()], lattice.codes[places.int()]
+    after, before = (row_energy(fmt.decode(each, grid).sub_(w), stats.hessian) for each in (codes, old))
+    spent = after > ROW_LIMIT * before
+    codes[spent] = old[spent]
+    return Solution(codes, grid, stats.mean(torch.where(spent, before, after)))
 
 
 class Ladder:
@@ -168,65 +183,46 @@ class Ladder:
 
     def __init__(self, w: Tensor, held: Held | None) -> None:
         self.w, self.held = w, held
+        self.missed = None if held is None else held.missed(w)
         if held is not None:
-            self.missed, self.wanted = held.missed(w), max(energy(held.x_ref @ w.T), 1e-30)
+            self.wanted = max(energy(held.x_ref @ w.T), 1e-30)
         self.best = float("inf")
         self.steps: list[Step] = []
 
     def offer(self, name: str, codes: Tensor, grid: Grid, fmt: Format) -> None:
         error = float("nan")
-        if self.held is not None:  # |Q x - W x_ref - debt| over |W x_ref|
+        if self.held is not None and self.missed is not None:  # |Q x - W x_ref - debt| over |W x_ref|
             change = fmt.decode(codes, grid).sub_(self.w)
-            error = float((energy(self.held.x @ change.T - self.missed) / self.wanted) ** 0.5)
+            error = float((energy(product(self.held.x, change.T).sub_(self.missed)) / self.wanted) ** 0.5)
         kept = not error >= self.best
         self.steps.append(Step(name, error, kept))
         if kept:
             self.codes, self.grid, self.best = codes, grid, error
 
 
-def aimed(w: Tensor, stats: Stats) -> Tensor:
-    """w + a (W* - w), with the a in [0, 1] and the l of least loss on held-out tokens."""
+def aimed(w: Tensor, stats: Stats, felt: Metric, missed: Tensor | None) -> Tensor:
+    """w + a (W* - w), with the a in [0, 1] of least loss on held-out tokens; missed (tokens, out): see Held."""
     held = stats.held
-    if held is None:
+    if held is None or missed is None:
         return w
-    missed = held.missed(w)  # (tokens, out)
-    wanted = w @ stats.cross  # (out, in)
+    wanted = product(w, stats.cross)  # (out, in)
     if stats.debt is not None:
         wanted += stats.debt
-    some = torch.linspace(0, len(w) - 1, min(TRIED, len(w))).long().to(w.device)
-    best, chosen = 0.0, None
-    for ridge in RIDGES:
-        factor, failed = torch.linalg.cholesky_ex(damped(stats.hessian, ridge))
-        if failed:
-            continue
-        change = torch.cholesky_solve(wanted[some].T, factor).T
-        gain, _ = _step(held.x @ change.T, missed[:, some])
-        if gain > best:
-            best, chosen = gain, factor
-    if chosen is None:
-        return w
-    change = torch.cholesky_solve(wanted.T, chosen).T
-    return w + _step(held.x @ change.T, missed)[1] * change
+    change = felt.solved(wanted)
+    effect = product(held.x, change.T)
+    overlap = float(torch.linalg.vecdot(effect, missed).sum(dtype=torch.float64))
+    step = min(1.0, max(0.0, overlap / max(energy(effect), 1e-30)))
+    return change.mul_(step).add_(w)
 
 
-def _step(effect: Tensor, missed: Tensor) -> tuple[float, float]:
-    """How much less is missed after the best step in [0, 1] along what has this effect, and that step."""
-    overlap, size = float((effect * missed).sum(dtype=torch.float64)), energy(effect)
-    step = min(1.0, max(0.0, overlap / max(size, 1e-30)))
-    return 2 * step * overlap - step * step * size, step
-
-
-def sweep(w: Tensor, hessian: Tensor, lattice: Lattice) -> Tensor:
+def sweep(w: Tensor, felt: Metric, lattice: Lattice) -> Tensor:
     """Places (out, in) uint8 of the levels chosen, columns of large diagonal first, the grid fixed beforehand."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = robust_factor(hessian[order][:, order])
-    rest = w[:, order].contiguous()
+    error = torch.empty_like(w)  # its columns in the order they are visited
     places = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, w.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, w.shape[1]))
-        columns = order[block]
-        current = rest[:, block].contiguous()
-        found, errors = loops.gptq_block(current, factor[block, block].contiguous(), lattice, columns)
-        places[:, columns] = found
-        rest[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+    for start in range(0, w.shape[1], loops.BLOCK):
+        here = slice(start, min(start + loops.BLOCK, w.shape[1]))
+        columns, mix = felt.order[here], felt.factor[: here.stop, here]
+        mix = mix / mix[start:].diagonal()
+        state = product(error[:, :start], mix[:start], alpha=-1)
+        places[:, columns], error[:, here] = loops.gptq_block(w[:, columns], state, mix[start:], lattice, columns)
     return places

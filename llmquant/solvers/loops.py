@@ -1,19 +1,24 @@
-"""The two loops that round one column after the other: the inner sweep of GPTQ, and coordinate descent on codes.
+"""The two loops that round one column after the other: the sweep of GPTQ, and coordinate descent on codes.
 
-Both round a block of columns one by one, all rows at once, and correct the columns still to come. They are one loop
-over a state of row r and column j, with different signs:
+Both round a block of columns one by one, all rows at once, and correct the columns still to come. They are one loop:
+an element is rounded from its base as far as the state of row r and column j says, and what it has moved by is then
+taken from the states of later columns.
 
-    GPTQ      the state is the weight as corrected so far; the error that rounding column i makes moves it by
-              -u_ij / u_ii, where u is the upper factor of the inverse Hessian (arXiv 2210.17323, algorithm 1).
-    descent   the state is the step to the least tr(G D H D^T), D = Q - W, along that element alone. What element (s, i)
-              moves by takes h_ij / h_jj from the steps of its own row, g_st / g_tt times as much from those of row t.
+    GPTQ      the base is the weight. With H = R D R^T, R upper with ones along the diagonal and D diagonal, the state
+              is -sum over i < j of r_ij times the error of column i (LDLQ, arXiv 2307.13304, theorem 6: the same as
+              algorithm 1 of arXiv 2210.17323, without an inverse).
+    descent   the base is the value as it is, the state the step to the least tr(G D H D^T), D = Q - W, along that
+              element alone. What element (s, i) moves by takes h_ij / h_jj from the steps of its own row, g_st / g_tt
+              times as much from those of row t.
+
+In a descent that refits, the scale of each group is first set to that of least loss for its codes as they are.
 
 On a CPU the loop is compiled by numba, at the first call, and kept on disk; elsewhere it is one of torch operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -23,12 +28,11 @@ import torch
 from torch import Tensor
 
 from llmquant.formats.base import Lattice
+from llmquant.solvers.algebra import TERMS, product
 
 # Rows that a thread works on at a time: 32 KB of a block of 128 columns, which stay in the first cache.
 ROWS_TOGETHER = 64
-# Terms of a product that are added up in one go. How MKL cuts up longer sums depends on how many threads there are;
-# up to 512 it does not cut, so that their number does not change a bit.
-TERMS = 256
+BLOCK = 128  # columns whose errors are spread at once
 TINY = 2.0**-100  # in place of a curvature of zero, along which nothing is to be gained
 
 
@@ -97,30 +101,31 @@ def _spacing(levels: Tensor) -> tuple[float, float]:
 
 
 Array = np.ndarray
-# sweep(state, mix, rounding, places, coupling, turns, free, descent) -> moved: rounds k columns.
-#   state (out, k) float32: overwritten; after GPTQ it holds each column as it was just before it was rounded
+# sweep(state, base, mix, rounding, places, coupling, turns, free) -> moved: rounds k columns.
+#   state (out, k) float32: what is added to an element's base before it is rounded; overwritten
+#   base (out, k) float32, or None: the values of the places
 #   mix (k, k) float32: what moving column i takes from the state of column j > i
 #   places (out, k) uint8: overwritten
 #   coupling (blocks, b, b) float32, turns (blocks, b) int64, or None: see _coupled
 #   free (out,) bool: rows whose places may change
-#   moved (out, k): by how much each element moved in a descent, and in GPTQ what rounding took from it
-Sweep = Callable[[Tensor, Tensor, Rounding, Tensor, Tensor | None, Tensor | None, Tensor, bool], Tensor]
+#   moved (out, k): by how much each element is away from its base
+Sweep = Callable[[Tensor, Tensor | None, Tensor, Rounding, Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
+# stored(scale, group): the scales nearest to `scale` (out,) that a file can hold for this group.
+Stored = Callable[[Tensor, int], Tensor]
 
 
 def gptq_block(
-    w: Tensor, u: Tensor, lattice: Lattice, columns: Tensor, *, sweep: Sweep | None = None
+    w: Tensor, state: Tensor, mix: Tensor, lattice: Lattice, columns: Tensor, *, sweep: Sweep | None = None
 ) -> tuple[Tensor, Tensor]:
     """Round the k columns w (out, k) float32 one by one, each making up for the errors of those before it.
 
-    u (k, k): the upper factor of the inverse Hessian, restricted to the block; columns (k,) int64: which columns of the
-    lattice these are. Returns places (out, k) uint8 and errors (out, k), by which the caller corrects later blocks:
-    w[:, later] -= errors @ u[block, later]. In w every column keeps what it was just before it was rounded.
+    state (out, k) float32: what the columns before these ask for; overwritten. mix (k, k): R, restricted to the block.
+    columns (k,) int64: which columns of the lattice these are. Returns places (out, k) uint8 and the errors Q - w.
     """
     places = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
     free = torch.ones(len(w), dtype=torch.bool, device=w.device)
-    mix = u / u.diagonal().unsqueeze(1)
-    moved = (sweep or _sweep_for(w))(w, mix, _rounding(lattice, columns), places, None, None, free, False)
-    return places, moved.div_(u.diagonal())
+    moved = (sweep or _sweep_for(w))(state, w, mix, _rounding(lattice, columns), places, None, None, free)
+    return places, moved
 
 
 def descend(
@@ -131,8 +136,9 @@ def descend(
     curvature: Tensor | None = None,
     *,
     sweeps: int = 1,
-    block: int = 128,
+    block: int = BLOCK,
     rows: Tensor | None = None,
+    stored: Stored | None = None,
     sweep: Sweep | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Move one element after the other to the level that minimises tr(G D H D^T), D = Q - w, all others as they are.
@@ -141,14 +147,17 @@ def descend(
     G = I, or (blocks, b, b) float32, the diagonal blocks of G over b rows each; the last may be cut short. rows (out,)
     bool: rows that may change. Columns go by descending H_cc, and the rows of a block by descending G_rr. Returns the
     places found and how many elements each sweep changed. The bits do not depend on the number of threads.
+
+    stored: for G = I alone, refit: the scales of `lattice` are overwritten, and whole groups go by their descending sum
+    of H_cc, their columns as before.
     """
     sweep = sweep or _sweep_for(w)
     diagonal = hessian.diagonal().clamp(min=TINY)
-    order = diagonal.argsort(descending=True, stable=True)
+    order = by_size(diagonal, None if stored is None else lattice.group)
     rounding, places = _rounding(lattice, order), places[:, order]
     free = torch.ones(len(w), dtype=torch.bool, device=w.device) if rows is None else rows
     coupling, turns = (None, None) if curvature is None else _coupled(curvature, len(w))
-    blocks = [slice(start, start + block) for start in range(0, w.shape[1], block)]
+    blocks = list(_blocks(order, block, None if stored is None else lattice.group))
     error = torch.empty_like(w)  # D, its columns in the order they are visited
     for here in blocks:
         error[:, here] = rounding.columns(here).values(places[:, here], slice(None)) - w[:, order[here]]
@@ -160,12 +169,71 @@ def descend(
             mix = (hessian[own] / diagonal[own].unsqueeze(1))[:, order].T.contiguous()  # (in, k)
             # Afresh for each block, so that no error builds up: the objective fell sweep by sweep, in float32, with
             # Hessians of condition 3e9.
-            steps = _product(error, mix).neg_()
+            steps = product(error, mix).neg_()
             steps = steps if coupling is None else _product_of_blocks(steps, coupling)
-            moved = sweep(steps, mix[here], rounding.columns(here), places[:, here], coupling, turns, free, True)
-            error[:, here] += moved
+            part, mix = rounding.columns(here), mix[here]
+            if stored is not None:
+                _refit(error[:, here], steps, mix, diagonal[own], part, places[:, here], free, stored)
+            error[:, here] += sweep(steps, None, mix, part, places[:, here], coupling, turns, free)
         changes.append(int((places != before).sum()))
     return torch.empty_like(places).index_copy_(1, order, places), changes
+
+
+def by_size(diagonal: Tensor, group: int | None = None) -> Tensor:
+    """The columns (in,) by descending entry of the diagonal; those of a group together, groups by descending sum."""
+    order = diagonal.argsort(descending=True, stable=True)
+    if group is None:
+        return order
+    of_group = torch.arange(len(diagonal), device=diagonal.device) // group
+    sums = diagonal.new_zeros(int(of_group[-1]) + 1).index_add_(0, of_group, diagonal)
+    rank = sums.argsort(descending=True, stable=True).argsort()
+    return order[rank[of_group[order]].argsort(stable=True)]
+
+
+def _blocks(order: Tensor, most: int, group: int | None) -> Iterator[slice]:
+    """Runs of at most so many columns; of whole groups, of at least one, where they go together."""
+    if group is None:
+        yield from (slice(start, min(start + most, len(order))) for start in range(0, len(order), most))
+        return
+    ends = (order[1:] // group != order[:-1] // group).nonzero().flatten().add_(1).tolist()
+    start = last = 0
+    for end in [*ends, len(order)]:
+        if end - start > most and last > start:
+            yield slice(start, last)
+            start = last
+        last = end
+    yield slice(start, last)
+
+
+def _refit(
+    error: Tensor,
+    steps: Tensor,
+    mix: Tensor,
+    diagonal: Tensor,
+    rounding: Rounding,
+    places: Tensor,
+    free: Tensor,
+    stored: Stored,
+) -> None:
+    """Group after group the scale of least loss for the codes as they are, kept where its stored value is better.
+
+    All that is given is of one block of columns; errors, steps and the rounding's scales are changed.
+    """
+    for group in rounding.group.unique_consecutive().tolist():
+        at = (rounding.group == group).nonzero().flatten()
+        at = slice(int(at[0]), int(at[-1]) + 1)
+        of_scale = rounding.levels.expand(len(places), -1).gather(1, places[:, at].long())
+        of_scale -= rounding.zero[:, group, None]
+        felt = of_scale @ mix[at]  # (out, k)
+        bend = (felt[:, at] * of_scale) @ diagonal[at]
+        slope = (steps[:, at] * of_scale) @ diagonal[at]
+        scale = rounding.scale[:, group]
+        change = stored(torch.where(bend > 0, scale + slope / bend, scale), group) - scale
+        better = free & torch.isfinite(change) & (change * (change * bend - 2 * slope) < 0)
+        change = torch.where(better, change, 0.0)
+        scale += change
+        error[:, at].addcmul_(of_scale, change[:, None])
+        steps.addcmul_(felt, change[:, None], value=-1)
 
 
 def _coupled(curvature: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -177,14 +245,6 @@ def _coupled(curvature: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     diagonal = curvature.diagonal(dim1=1, dim2=2)
     turns = diagonal.argsort(dim=1, descending=True, stable=True)
     return curvature / diagonal.clamp(min=TINY).unsqueeze(1), turns
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, the same bits for any number of threads."""
-    product = a.new_zeros(len(a), b.shape[1])
-    for left, right in zip(a.split(TERMS, dim=1), b.split(TERMS), strict=True):
-        product.addmm_(left, right)
-    return product
 
 
 def _product_of_blocks(steps: Tensor, coupling: Tensor) -> Tensor:
@@ -206,13 +266,13 @@ def _sweep_for(w: Tensor) -> Sweep:
 
 def sweep_torch(
     state: Tensor,
+    base: Tensor | None,
     mix: Tensor,
     rounding: Rounding,
     places: Tensor,
     coupling: Tensor | None,
     turns: Tensor | None,
     free: Tensor,
-    descent: bool,
 ) -> Tensor:
     """See Sweep. All row blocks at once, one row of each after the other; without coupling all rows at once."""
     if coupling is None or turns is None:
@@ -221,7 +281,7 @@ def sweep_torch(
     at = torch.arange(blocks, device=state.device)
     moved = torch.zeros_like(state)
     for i in range(state.shape[1]):
-        old = rounding.values(places[:, i], i) if descent else torch.zeros_like(state[:, i])
+        old = rounding.values(places[:, i], i) if base is None else base[:, i]
         taken = state.new_zeros(blocks, width)
         for turn in turns.unbind(1):
             rows = at * width + turn
@@ -230,7 +290,7 @@ def sweep_torch(
             goal = old + state[:, i] - taken.view(-1)[: len(state)]
             place = torch.where(free, rounding.nearest(goal, i), places[:, i])
             value = rounding.values(place, i)
-            move = (value - old if descent else goal - value)[rows]
+            move = (value - old)[rows]
             places[rows, i], moved[rows, i] = place[rows], move
             taken[block] += coupling[block, turn] * move.unsqueeze(1)
         state[:, i + 1 :] -= taken.view(-1)[: len(state), None] * mix[i, i + 1 :]
@@ -242,13 +302,13 @@ def sweep_torch(
 
 def sweep_compiled(
     state: Tensor,
+    base: Tensor | None,
     mix: Tensor,
     rounding: Rounding,
     places: Tensor,
     coupling: Tensor | None,
     turns: Tensor | None,
     free: Tensor,
-    descent: bool,
 ) -> Tensor:
     """See Sweep. Threads share the rows; each takes whole row blocks, so that their number does not change a bit."""
     moved = torch.empty_like(state)
@@ -256,13 +316,13 @@ def sweep_compiled(
     if coupling is None or turns is None:
         coupling, turns = state.new_empty(0, 0, 0), free.new_empty(0, 0, dtype=torch.int64)
     width = coupling.shape[1] or ROWS_TOGETHER
-    tensors = [state, mix.contiguous(), places, moved]
+    tensors = [state, state.new_empty(0, 0) if base is None else base, mix.contiguous(), places, moved]
     tensors += [rounding.levels.expand(height, -1), rounding.middles.contiguous()]
     tensors += [x.expand(height, -1) for x in (rounding.scale, rounding.zero, rounding.offset)]
     tensors += [rounding.group, coupling.contiguous(), turns.contiguous(), free]
     arrays = [tensor.numpy() for tensor in tensors]
     tile = width * max(1, ROWS_TOGETHER // width)
-    _in_threads(-(-height // tile), partial(_compiled(), *arrays, rounding.step, rounding.lowest, descent, width))
+    _in_threads(-(-height // tile), partial(_compiled(), *arrays, rounding.step, rounding.lowest, width))
     return moved
 
 
@@ -285,9 +345,9 @@ def _compiled() -> Callable[..., None]:
     import numba  # takes half a second, which who only loads a model need not wait
 
     signature = (
-        "void(float32[:,:], float32[:,::1], uint8[:,:], float32[:,:], float32[:,:], float32[:,::1], float32[:,:],"
-        "float32[:,:], float32[:,:], int64[:], float32[:,:,::1], int64[:,::1], boolean[:], float32, float32, boolean,"
-        "int64, int64, int64)"
+        "void(float32[:,:], float32[:,:], float32[:,::1], uint8[:,:], float32[:,:], float32[:,:], float32[:,::1],"
+        "float32[:,:], float32[:,:], float32[:,:], int64[:], float32[:,:,::1], int64[:,::1], boolean[:], float32,"
+        "float32, int64, int64, int64)"
     )
     # Python's rule, an error for a division by zero, would keep the loops from being vectorized.
     compiler = partial(numba.njit, signature, nogil=True, error_model="numpy", fastmath={"contract"})
@@ -299,6 +359,7 @@ def _compiled() -> Callable[..., None]:
 
 def _sweep_rows(
     state: Array,
+    base: Array,
     mix: Array,
     places: Array,
     moved: Array,
@@ -313,14 +374,13 @@ def _sweep_rows(
     free: Array,
     step: float,
     lowest: float,
-    descent: bool,
     width: int,
     first: int,
     last: int,
 ) -> None:
     """Sweep over the tiles first..last of rows, each of some row blocks of `width`. numba compiles this; see Sweep."""
     count, top = len(mix), np.float32(levels.shape[1] - 1)
-    none, endless, coupled = np.float32(0), np.float32(np.inf), len(coupling) > 0
+    none, endless, coupled, based = np.float32(0), np.float32(np.inf), len(coupling) > 0, len(base) > 0
     height = width * max(1, ROWS_TOGETHER // width)
     tile = np.empty((count, height), np.float32)  # the rows' part of the state, in cache
     s, z, o = np.empty(height, np.float32), np.empty(height, np.float32), np.empty(height, np.float32)
@@ -338,16 +398,19 @@ def _sweep_rows(
             g = group[i]
             for r in range(size):
                 s[r], z[r], o[r] = scale[start + r, g], zero[start + r, g], offset[start + r, g]
-                old[r] = (own_levels[r, own_places[r, i]] - z[r]) * s[r] + o[r] if descent else none
+                if based:
+                    old[r] = base[start + r, i]
+                else:
+                    old[r] = (own_levels[r, own_places[r, i]] - z[r]) * s[r] + o[r]
                 goal[r] = old[r] + tile[i, r]
                 taken[r] = none
-            for base in range(0, size, width):
-                end = min(base + width, size)
-                near, block = taken[base:end], (start + base) // width
-                for turn in range(end - base if coupled else 1):
-                    low, high = base, end  # rows that are independent, all at once
+            for top_row in range(0, size, width):
+                end = min(top_row + width, size)
+                near, block = taken[top_row:end], (start + top_row) // width
+                for turn in range(end - top_row if coupled else 1):
+                    low, high = top_row, end  # rows that are independent, all at once
                     if coupled:
-                        low = base + turns[block, turn]
+                        low = top_row + turns[block, turn]
                         high = low + 1
                     for r in range(low, high):
                         goal[r] -= taken[r]
@@ -364,18 +427,14 @@ def _sweep_rows(
                         place = found[r] if free[start + r] else own_places[r, i]
                         own_places[r, i] = place
                         value = (own_levels[r, place] - z[r]) * s[r] + o[r]
-                        move[r] = value - old[r] if descent else goal[r] - value
+                        move[r] = value - old[r]
                         own_moved[r, i] = move[r]
                         taken[r] = taken[r] if coupled else move[r]
                     if coupled and move[low] != 0:
-                        along, by = coupling[block, low - base], move[low]
+                        along, by = coupling[block, low - top_row], move[low]
                         for t in range(len(near)):
                             near[t] += along[t] * by
             for j in range(i + 1, count):
                 later, by = tile[j], mix[i, j]
                 for r in range(size):
                     later[r] -= by * taken[r]
-        if not descent:
-            for r in range(size):
-                for i in range(count):
-                    own_state[r, i] = tile[i, r]

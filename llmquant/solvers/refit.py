@@ -18,7 +18,8 @@ from torch import Tensor
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import PIECE
 from llmquant.formats.kmeans import KMeans
-from llmquant.solvers.algebra import of_columns, steps_of
+from llmquant.solvers.algebra import of_columns, product, steps_of
+from llmquant.stats import row_energy
 
 
 def refit(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
@@ -35,19 +36,19 @@ def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) 
     steps = steps_of(places, lattice)
     offset: Any = 0.0 if lattice.offset is None else of_columns(lattice.offset, w.shape[1], grid.group)
     residual = w - steps * of_columns(grid.scale, w.shape[1], grid.group) - offset
-    gradient = residual @ hessian
+    gradient = product(residual, hessian)
     scale = grid.scale.clone()
     for index, start in enumerate(range(0, w.shape[1], grid.group)):
         columns = slice(start, min(start + grid.group, w.shape[1]))
         mine = steps[:, columns]
         slope = (mine * gradient[:, columns]).sum(1)
-        bend = ((mine @ hessian[columns, columns]) * mine).sum(1)
+        bend = row_energy(mine, hessian[columns, columns])
         wanted = torch.where(bend > 0, scale[:, index] + slope / bend, scale[:, index])
         change = fmt.storable(wanted, grid, index) - scale[:, index]
         better = change * (change * bend - 2 * slope) < 0
         change = torch.where(better & torch.isfinite(change), change, 0.0)
         scale[:, index] += change
-        gradient.addmm_(mine * change.unsqueeze(1), hessian[columns], alpha=-1)
+        product(mine * change.unsqueeze(1), hessian[columns, columns.stop :], gradient[:, columns.stop :], -1)
     return replace(grid, scale=scale)
 
 
