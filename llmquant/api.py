@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from transformers import AutoConfig, PreTrainedModel
 
 import llmquant.hf  # noqa: F401  (registers the loader)
 from llmquant import metrics, pipeline, text
+from llmquant.activations import Activations, rounded
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.description import describe
 from llmquant.errors import PlanError
 from llmquant.job import Budget
 from llmquant.matrices import loader_of
 from llmquant.recipe import QUALITIES, Quality, Recipe
+
+OBSERVED = 16  # windows of text on which the range of static activations is found
 
 
 def quantize(
@@ -197,13 +202,16 @@ def evaluate(
     window: int | None = None,
     max_windows: int | None = None,
     dtype: torch.dtype = torch.float32,
+    activations: str | None = None,
+    calibration: str | None = None,
     trust_remote_code: bool = False,
     progress: text.Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Perplexity of a model on a text and, with a reference, the KL divergence from it in nats.
 
     source: a text, JSON, JSONL or parquet file, or a dataset id; window: tokens a window, by default 2048 or the
-    model's limit; max_windows: measure on the first ones only; dtype: of the activations.
+    model's limit; max_windows: measure on the first ones only; dtype: of the activations; activations: round the inputs
+    of quantized layers, as "int8:dynamic" or "int8:static:mse", the latter on the text of `calibration`.
 
     Examples:
         >>> TEXT.write_text(Path(llmquant.__file__).parent.joinpath("hf.py").read_text()) > 0
@@ -212,6 +220,7 @@ def evaluate(
         >>> found["kl_mean"], found["model"]["perplexity"] == found["reference"]["perplexity"]
         (0.0, True)
     """
+    rounding = rounded_activations(str(model), activations, calibration, trust_remote_code)
     windows, vocabulary = evaluation_windows(str(model), source, protocol, window, max_windows, trust_remote_code)
     return measure(
         str(model),
@@ -221,6 +230,7 @@ def evaluate(
         dtype,
         trust_remote_code,
         progress,
+        rounding,
     )
 
 
@@ -243,13 +253,35 @@ def measure(
     dtype: torch.dtype,
     trust_remote_code: bool,
     progress: text.Progress,
+    rounding: tuple[Activations, torch.Tensor | None] | None = None,
 ) -> dict[str, Any]:
-    """As `evaluate`, on windows that are there."""
+    """As `evaluate`, on windows that are there. rounding: of activations, and the windows that a static one needs."""
     loaded = load_any(model, dtype, trust_remote_code)
-    if reference is None:
-        return metrics.perplexity(loaded, windows, vocabulary=vocabulary, progress=progress).to_dict()
-    original = load_any(reference, dtype, trust_remote_code)
-    return metrics.divergence(original, loaded, windows, vocabulary=vocabulary, progress=progress).to_dict()
+    original = None if reference is None else load_any(reference, dtype, trust_remote_code)
+    with nullcontext(0) if rounding is None else rounded(loaded, *rounding) as layers:
+        if original is None:
+            found = metrics.perplexity(loaded, windows, vocabulary=vocabulary, progress=progress).to_dict()
+        else:
+            found = metrics.divergence(original, loaded, windows, vocabulary=vocabulary, progress=progress).to_dict()
+    return found if rounding is None else {**found, "activations": asdict(rounding[0]), "rounded_layers": layers}
+
+
+def rounded_activations(
+    model: str, spec: str | None, calibration: str | None, trust_remote_code: bool
+) -> tuple[Activations, torch.Tensor | None] | None:
+    """What `measure` is to do to activations; windows of text for those of a static range. Raises PlanError."""
+    if spec is None:
+        return None
+    activations = Activations.parse(spec)
+    if activations.mode == "dynamic":
+        return activations, None
+    if calibration is None:
+        raise PlanError(f"activations {spec}: their range is found on text: give it with --calibration")
+    folder = Checkpoint(locate(model)).folder
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    length = min(512, text.window_length(config))
+    tokenizer = text.load_tokenizer(folder, trust_remote_code)
+    return activations, text.calibration_windows(tokenizer, calibration, count=OBSERVED, length=length, seed=0)
 
 
 def load_any(model: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:

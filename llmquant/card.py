@@ -99,6 +99,9 @@ def verified(found: dict[str, Any]) -> str:
 def command(facts: dict[str, Any]) -> str:
     """The command that makes the folder again. facts: its manifest."""
     settings = facts["settings"]
+    if "tune" in settings:
+        rest = {key: value for key, value in settings.items() if key != "tune"}
+        return f"{command({**facts, 'settings': rest})} -o out\n{_tune_command(facts)}"
     if "qat" in settings:
         return _qat_command(facts)
     words = ["llmquant", "quantize", facts["model"]]
@@ -132,6 +135,15 @@ def command(facts: dict[str, Any]) -> str:
     words += ["--seed", str(settings["seed"])]
     found = " ".join(words)
     return found if "rules.json" not in words else f"{found}\n\nrules.json:\n{json.dumps(rules, indent=1)}"
+
+
+def _tune_command(facts: dict[str, Any]) -> str:
+    course, calibration = facts["settings"]["tune"], facts["settings"]["tune"]["calibration"]
+    words = ["llmquant tune out --reference", facts["model"], "--calibration", calibration["source"]]
+    words += ["--samples", str(calibration["samples"])]
+    words += ["--length", str(calibration["length"])] if calibration["length"] else []
+    words += ["--steps", str(course["steps"]), "--batch", str(calibration["batch"]), "--top-k", str(course["top"])]
+    return " ".join([*words, *(["--codes"] if course["codes"] else []), "--seed", str(course["seed"])])
 
 
 def _qat_command(facts: dict[str, Any]) -> str:

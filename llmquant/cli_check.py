@@ -35,16 +35,25 @@ def evaluate(
     window: Annotated[int | None, typer.Option(help="Tokens a window [2048, or the model's limit].")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Measure on the first windows only.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "float32",
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="Round the inputs of quantized layers: int8:dynamic, by token, or int8:static with :minmax, "
+            ":percentile, :mse or :kl."
+        ),
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="Text on which a static range is found.")] = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Perplexity of MODEL on a text and, with --reference, how far its predictions moved (KL divergence, in nats)."""
     from llmquant import api
 
+    rounding = api.rounded_activations(model, activations, calibration, trust_remote_code)
     windows = api.evaluation_windows(model, text, protocol, window, max_windows, trust_remote_code)
     with progress_bar(False) as progress:
         report = partial(progress, "evaluate")
-        found = api.measure(model, reference, *windows, dtype_named(dtype), trust_remote_code, report)
+        found = api.measure(model, reference, *windows, dtype_named(dtype), trust_remote_code, report, rounding)
     if as_json:
         print(json.dumps(found))
     else:

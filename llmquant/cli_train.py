@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from llmquant.card import learned
+from llmquant.card import learned, tuned
 from llmquant.cli_common import (
+    FolderArgument,
     JsonOption,
     ModelArgument,
     TrustOption,
@@ -19,6 +20,7 @@ from llmquant.cli_common import (
     duration,
     notes,
     out,
+    print_lines,
     progress_bar,
     size,
 )
@@ -94,18 +96,87 @@ def qat(
     _print(folder, manifest, "qat", time.monotonic() - start, as_json)
 
 
+def tune(
+    folder: FolderArgument,
+    reference: Annotated[str, typer.Option(help="The model it was made of.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write [FOLDER-tuned].")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text to tune on, as for quantize; self: the original's own samples.")
+    ] = "self",
+    samples: Annotated[int, typer.Option(help="Windows of it; an eighth of them is held out.")] = 128,
+    length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
+    steps: Annotated[int, typer.Option(help="Updates of all that is trained.")] = 150,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    codes: Annotated[bool, typer.Option("--codes", help="Train the rounding, too.")] = False,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Likeliest tokens of the original to tune towards; 0: all [64 if memory is short]."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type to compute in: float32, bfloat16, float16 [the reference's own].")
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Refuse a plan that needs more, as 4GiB.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Train scales, norms and biases of a quantized FOLDER towards the predictions of the model it was made of.
+
+    Codes and formats stay. What is no better on windows held out is not kept, and the new folder then holds what the
+    old one does. A run that was cut is taken up again by the same command.
+    """
+    from llmquant import api, folder_tuning
+    from llmquant.description import describe
+    from llmquant.job import Calibration
+
+    written = output or folder.with_name(f"{folder.name}-tuned")
+    prepared, course = folder_tuning.prepare(
+        folder,
+        reference,
+        Calibration(calibration, samples, length, batch, curvature=0.0),
+        written,
+        steps=steps,
+        codes=codes,
+        top=top_k,
+        seed=seed,
+        device=device or api.default_device(),
+        dtype=dtype_named(dtype),
+        overwrite=overwrite,
+        max_memory=bytes_named(max_memory),
+        trust_remote_code=trust_remote_code,
+    )
+    start = time.monotonic()
+    try:
+        with progress_bar(as_json) as progress:
+            manifest = folder_tuning.tune_folder(
+                folder, prepared, course, written, seed=seed, overwrite=overwrite, progress=progress
+            )
+    except KeyboardInterrupt:
+        notes.print(f"interrupted: what is done is kept in {written}.partial; repeat the same command to resume")
+        raise
+    if "recipe" in manifest["settings"]:  # a folder that was converted has no command to make it again
+        describe(written)
+    _print(written, manifest, "tuning", time.monotonic() - start, as_json)
+
+
 def _print(folder: Path, manifest: dict[str, Any], what: str, seconds: float, as_json: bool) -> None:
     facts = {key: manifest[key] for key in ("bits_per_weight", "bytes_before", "bytes_after", what)}
     if as_json:
         print(json.dumps({"output": str(folder), "seconds": round(seconds, 2), **facts}))
         return
+    fixed = {tensor["format"] for tensor in manifest["tensors"] if "asym" in tensor["format"].split(":")}
+    if what == "tuning" and fixed:
+        print_lines([f"zero points of {', '.join(sorted(fixed))} stay as they are: they are integers"])
     before, after = manifest["bytes_before"], manifest["bytes_after"]
     out.print(
-        f"{learned(manifest[what])}\n{folder}: {size(before)} -> {size(after)} ({before / after:.2f}x), "
+        f"{tuned(manifest[what]) if what == 'tuning' else learned(manifest[what])}\n"
+        f"{folder}: {size(before)} -> {size(after)} ({before / after:.2f}x), "
         f"{manifest['bits_per_weight']:.3f} bits per quantized weight, {duration(seconds)}",
         highlight=False,
         soft_wrap=True,
     )
 
 
-COMMANDS = (qat,)
+COMMANDS = (qat, tune)

@@ -33,6 +33,7 @@ JOURNAL = "journal.jsonl"
 # which formats were chosen.
 KEPT = "kept-"
 STATE = f"{KEPT}state-"  # of training, with the step
+TEACHER = f"{KEPT}teacher.safetensors"
 CALIBRATION, CURVATURE, LEAN, ALLOCATION = (
     f"{KEPT}{name}.safetensors" for name in ("calibration", "curvature", "lean-{}", "allocation")
 )

@@ -99,6 +99,8 @@ FORBIDDEN = {
     "trained": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
     "teacher": [room for room in WRITING if room not in ("blocks", "calibration", "stats")],
     "fake_quantize": [*WRITING, "checkpoint", "hf", "linear", "text", "metrics"],
+    "folder_tuning": ["cli", "api", "exchange", "hf", "linear"],
+    "activations": sorted({*WRITING, "hf", "checkpoint", "text", "metrics"}),
     "qat": ["cli", "api", "exchange", "hf", "linear"],
     "exchange": ["cli", "api", "pipeline", "plan", "blocks", "calibration", "solvers", "hf", "linear"],
     "generation": [*WRITING, "exchange", "hf", "linear"],

@@ -89,9 +89,9 @@ def test_rounding_is_the_formats_own_or_by_chance_or_down(spec: str) -> None:
     assert torch.equal(fake.value(w)[inside], below[inside])
     fake.rounding = "stochastic"
     torch.manual_seed(0)
-    draws = torch.stack([fake.value(w) for _ in range(4000)])
+    draws = torch.stack([fake.value(w) for _ in range(800)])
     spread = all_values.amax(0) - all_values.amin(0)
-    assert ((draws.mean(0) - w).abs()[inside] < 0.03 * spread[inside]).all()
+    assert ((draws.mean(0) - w).abs()[inside] < 0.07 * spread[inside]).all()
     assert all(len(draws[:, r, c].unique()) <= 2 for r in range(SHAPE[0]) for c in range(SHAPE[1]))
 
 

@@ -47,14 +47,14 @@ def kl(x: Tensor, levels: int, step: int = 16) -> tuple[Tensor, Tensor]:
     best = torch.full_like(reach, torch.inf)
     factor = torch.ones_like(reach)
     for stop in range(max(levels, step), HISTOGRAM_BINS + 1, step):
-        divergence = _coarsening_divergence(counts, stop, levels)
+        divergence = coarsening_divergence(counts, stop, levels)
         better = divergence < best
         best = torch.where(better, divergence, best)
         factor = torch.where(better, stop / HISTOGRAM_BINS, factor)
     return low * factor, high * factor
 
 
-def _coarsening_divergence(counts: Tensor, stop: int, levels: int) -> Tensor:
+def coarsening_divergence(counts: Tensor, stop: int, levels: int) -> Tensor:
     """KL(p || q): p the first `stop` bins with all that lies beyond added to the last, q its coarsening."""
     p = counts[..., :stop].clone()
     occupied = (p > 0).float()
