@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 import llmquant_kernels
-from llmquant_kernels import PackedWeight, Prepared
+from llmquant_kernels import PackedWeight
+from llmquant_kernels.measure import measure
 
 
 class Kind(NamedTuple):
@@ -128,42 +125,6 @@ def random_weight(args: argparse.Namespace, name: str, generator: torch.Generato
     return PackedWeight(bits=kind.bits, shape=(rows, columns), group=kind.group, **fields)
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
-
-
-def timed(call: Callable[[], Tensor], device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(
-    x: Tensor, exact: Tensor, dense: list[Tensor], prepared: list[Prepared], args: argparse.Namespace
-) -> dict[str, Any]:
-    """One number of rows. exact: the first weight decoded to float64."""
-    reference = x.double() @ exact.T
-    errors = [relative_error(linear(x, dense[0]), reference)]
-    errors.append(relative_error(llmquant_kernels.linear(x, prepared[0]), reference))
-    pairs = []
-    for run in range(args.runs + 2):
-        i = run % len(dense)
-        before = timed(lambda i=i: linear(x, dense[i]), args.device)  # type: ignore[misc]
-        after = timed(lambda i=i: llmquant_kernels.linear(x, prepared[i]), args.device)  # type: ignore[misc]
-        pairs.append((before, after))
-    pairs = pairs[2:]
-    return {
-        "rows": len(x),
-        "dense_ms": 1e3 * median(pair[0] for pair in pairs),
-        "quantized_ms": 1e3 * median(pair[1] for pair in pairs),
-        "speedup": median(before / after for before, after in pairs),
-        "dense_error": errors[0],
-        "quantized_error": errors[1],
-    }
-
-
 def measure_kind(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All numbers of rows."""
     dtype = getattr(torch, args.dtype)
@@ -177,7 +138,7 @@ def measure_kind(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for rows in args.rows:
         x = torch.randn(rows, args.shape[1], generator=generator).to(args.device, dtype)
-        found = measure(x, exact, dense, prepared, args)
+        found = measure(x, exact, dense, prepared, args.runs)._asdict()
         results.append({"kind": kind, "backend": prepared[0].name, **found})
         print(
             f"{rows:5} {found['dense_ms']:9.3f} {found['quantized_ms']:13.3f} {found['speedup']:8.2f} "

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ from torch.nn import functional
 
 import bench_rivals
 import llmquant_kernels
+from llmquant_kernels.measure import copy_bandwidth, graph_seconds
 from llmquant_kernels.triton_layout import Spec
 from llmquant_kernels.triton_settings import BUCKETS, TUNED, Device, Settings, heuristic, key, legal, slug
 
@@ -379,38 +380,6 @@ def tune(subject: Subject, case: Case) -> dict[str, Any]:
         "microseconds": 1e6 * times[best],
         "heuristic_microseconds": 1e6 * next(iter(times.values())),
     }
-
-
-def graph_seconds(calls: Sequence[Callable[[], Tensor]], least: float = 0.2) -> float:
-    """Seconds of one call: the median of graph replays of all of them, for `least` seconds in all."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]  # for no two results to share memory
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times: list[float] = []
-    for _ in range(3):
-        graph.replay()
-    while sum(times) < least or len(times) < 5:
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    del kept
-    return sorted(times)[len(times) // 2] / len(calls)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written in a second by a copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / graph_seconds([lambda: target.copy_(source)])
 
 
 # ---- what is written

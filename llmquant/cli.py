@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from llmquant import cli_check, cli_exchange, cli_train
+from llmquant import cli_bench, cli_check, cli_exchange, cli_train
 from llmquant.card import alike, allocated, fitted, tuned, turned, verified
 from llmquant.cli_budget import budget_of, short
 from llmquant.cli_check import print_divergence
@@ -394,7 +394,7 @@ colons, in any order; scale types are fp16, bf16 and fp32, by default that of th
   nvfp4, mx4, mx6, mx9     none"""
 
 app.command("eval")(cli_check.evaluate)
-for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS, *cli_train.COMMANDS):
+for command in (*cli_check.COMMANDS, *cli_exchange.COMMANDS, *cli_train.COMMANDS, cli_bench.bench):
     app.command()(command)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from llmquant.card import verified
+from llmquant.card import alike, verified
 from llmquant.cli_common import (
     FolderArgument,
     JsonOption,
@@ -18,6 +18,7 @@ from llmquant.cli_common import (
     TrustOption,
     dtype_named,
     out,
+    print_lines,
     progress_bar,
     size,
 )
@@ -74,7 +75,9 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and decode every tensor.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a quantized folder holds; --verify checks that it is still what was written."""
+    """Show what a quantized folder holds, and what multiplies by it; --verify checks that it is still as written."""
+    import torch
+
     from llmquant import inspection
 
     facts = inspection.manifest(folder)
@@ -84,10 +87,12 @@ def inspect(
         if problems:
             more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
             raise VerificationError(f"{folder}: {problems[0]}{more}: copy or quantize it again")
+    kernels = inspection.kernels(folder, facts, "cuda" if torch.cuda.is_available() else "cpu")
     if as_json:
-        print(json.dumps({**facts, **({"verified": True} if verify else {})}))
+        served = {name: {"kernel": kernel, "refused": refused} for name, (kernel, refused) in kernels.items()}
+        print(json.dumps({**facts, "kernels": served, **({"verified": True} if verify else {})}))
         return
-    table = Table("tensor", "shape", "format", "bits/weight", "error", "output error", box=None)
+    table = Table("tensor", "shape", "format", "bits/weight", "error", "output error", "kernel", box=None)
     for tensor in facts["tensors"]:
         table.add_row(
             tensor["name"],
@@ -96,8 +101,13 @@ def inspect(
             f"{tensor['bits_per_weight']:.3f}",
             f"{tensor['error']:.4f}" if "error" in tensor else "-",
             f"{tensor['output_error']:.4f}" if "output_error" in tensor else "-",
+            kernels[tensor["name"]][0],
         )
     out.print(table)
+    refusals = [
+        (name, f"not {other}: {why}") for name, (_, refused) in kernels.items() for other, why in refused.items()
+    ]
+    print_lines([f"{name}: {reason}" for name, reason in alike(refusals)])
     for note in facts.get("scaled", []):
         rule = f"{note['rule']} {note['alpha']:.2f}" if "alpha" in note else note["rule"]
         readers = ", ".join(name.removeprefix(f"{note['source'].rpartition('.')[0]}.") for name in note["readers"])

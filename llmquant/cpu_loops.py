@@ -246,7 +246,7 @@ def _chunks(words: Callable[..., Any], levels: Callable[..., Any], dot: bool) ->
     """A function of _Given's fields that numba can call.
 
     It writes ``(level(code) - zero) * scale + offset`` to `target`; or, for a dot product, adds eight partial sums of
-    ``level(code) * x * scale`` to those at `target`, where x is at the address `zero`.
+    ``(level(code) - offset) * x * scale`` to those at `target`, where x is at the address `zero`.
     """
 
     @intrinsic
@@ -259,17 +259,18 @@ def _chunks(words: Callable[..., Any], levels: Callable[..., Any], dot: bool) ->
             given = _Given(*args)
             width = given.bits  # bits of a code, or bytes of eight
             start, mask = _places(b, width, words is _wide)
-            scale = _splat(b, given.scale, FLOATS)
+            scale, offset = _splat(b, given.scale, FLOATS), _splat(b, given.offset, FLOATS)
             if dot:
                 sums = cgutils.alloca_once_value(b, ir.Constant(FLOATS, [0.0] * LANES))
             else:
-                zero, offset = _splat(b, given.zero, FLOATS), _splat(b, given.offset, FLOATS)
+                zero = _splat(b, given.zero, FLOATS)
             with cgutils.for_range(b, given.chunks) as loop:
                 at = b.add(given.source, b.mul(loop.index, width))
                 codes = b.and_(b.lshr(words(b, at, width), start), mask)
                 value = levels(b, codes, given)
                 place = b.shl(loop.index, ir.Constant(INT64, 5))
                 if dot:
+                    value = b.fsub(value, offset)  # not after the sum, of which little may be left
                     b.store(_fused(b, value, _load(b, given.zero, FLOATS, place), b.load(sums)), sums)
                 else:
                     value = b.fadd(b.fmul(b.fsub(value, zero), scale), offset)
@@ -443,17 +444,16 @@ def _dot(w, r, x, sums, sums_of_groups):  # type: ignore[no-untyped-def]
     for g in range(w.groups):
         scale = _scale_at(w, scales, g) * outer
         chunks = last if g == w.groups - 1 else width
-        at, own = source + g * width * bits, from_x + 32 * g * width
+        at, own, zero = source + g * width * bits, from_x + 32 * g * width, np.float32(_int_at(zeros + 4 * g))
         if way == TABLE and bits <= 4:
-            _table_dot(at, target, table, chunks, bits, own, scale, none, sign, mantissa, factor, largest)
+            _table_dot(at, target, table, chunks, bits, own, scale, zero, sign, mantissa, factor, largest)
         elif way == TABLE:
-            _gathered_dot(at, target, table, chunks, bits, own, scale, none, sign, mantissa, factor, largest)
+            _gathered_dot(at, target, table, chunks, bits, own, scale, zero, sign, mantissa, factor, largest)
         elif way == INTEGER:
-            _integer_dot(at, target, table, chunks, bits, own, scale, none, sign, mantissa, factor, largest)
+            _integer_dot(at, target, table, chunks, bits, own, scale, zero, sign, mantissa, factor, largest)
         elif way == FLOAT:
-            _float_dot(at, target, table, chunks, bits, own, scale, none, sign, mantissa, factor, largest)
-        shift = _float_at(offsets + w.offset_step * g) - np.float32(_int_at(zeros + 4 * g)) * scale
-        added += shift * sums_of_groups[g]
+            _float_dot(at, target, table, chunks, bits, own, scale, zero, sign, mantissa, factor, largest)
+        added += _float_at(offsets + w.offset_step * g) * sums_of_groups[g]
     for k in range(8):
         added += sums[k]
     return added

@@ -117,12 +117,15 @@ def register() -> None:
         ALL_EXPERTS_FUNCTIONS.register(METHOD, experts_together)
 
 
-def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) -> PreTrainedModel:
+def load(
+    model: str | os.PathLike[str], *, verify: bool = False, keep_decoded: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """The quantized model in a folder, or of a hub id, in eval mode: llmquant's, or one of compressed-tensors.
 
     No code that comes with it is run.
 
-    Its class is the one that config.json names. verify: first hash every file, and decode every matrix.
+    Its class is the one that config.json names. verify: first hash every file, and decode every matrix. keep_decoded:
+    hold every weight decoded, too, as it is first used: the memory of the original for its speed on long prompts.
     kwargs: as from_pretrained takes them, such as device_map and dtype.
     Raises CheckpointError where there is no llmquant model, or one that transformers cannot build; VerificationError
     where the model is incomplete, or is not what was written.
@@ -161,6 +164,8 @@ def load(model: str | os.PathLike[str], *, verify: bool = False, **kwargs: Any) 
         if method != METHOD:
             kwargs["config"] = _in_our_words(model, kwargs["trust_remote_code"])
         loaded: PreTrainedModel = loader_of(config).from_pretrained(model, **kwargs)
+        for layer in quantized_layers(loaded).values():
+            layer.keep_decoded = keep_decoded
         return loaded
     except (LlmquantError, torch.OutOfMemoryError):
         raise

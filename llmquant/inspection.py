@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import llmquant_kernels
 from llmquant import formats
 from llmquant.checkpoint import MANIFEST, Checkpoint, is_plain_name, read_json, sha256
 from llmquant.errors import CheckpointError, LlmquantError
@@ -59,6 +63,22 @@ def _is_tensor(entry: Any) -> bool:
         and all(isinstance(size, int) and 0 < size < 2**31 for size in shape)
         and all(isinstance(figure, int | float) and math.isfinite(figure) for figure in figures)
     )
+
+
+def kernels(folder: Path, facts: dict[str, Any], device: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """{matrix: (its kernel on such a device, why each faster one refuses)}, for inputs of the model's type.
+
+    facts: the folder's manifest. Modules decide: of an embedding rows are looked up, and convolutions are decoded.
+    """
+    config = read_json(folder / "config.json")
+    config = {**config.get("text_config", {}), **config}
+    name = str(config.get("dtype", config.get("torch_dtype")))
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+    found = {}
+    for tensor in facts["tensors"]:
+        own = formats.get(tensor["format"]).facts((tensor["shape"][0], tensor["shape"][1]))
+        found[tensor["name"]] = llmquant_kernels.choose(replace(own, device=device), dtype)
+    return found
 
 
 def verify(folder: Path, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,10 +15,7 @@ from torch.utils._pytree import tree_map_only
 import llmquant_kernels
 from llmquant.errors import PlanError
 from llmquant.formats import Format
-from llmquant_kernels import PackedWeight, Prepared, TritonExperts, cpu_compiled
-
-# The loops of the CPU's kernels. numba takes half a second to import, which who only loads a model need not wait.
-cpu_compiled.use(cache(partial(importlib.import_module, "llmquant.cpu_loops")))
+from llmquant_kernels import PackedWeight, Prepared, TritonExperts
 
 
 class QuantModule(nn.Module):
@@ -196,7 +191,11 @@ class QuantLinear(QuantModule):
         return llmquant_kernels.linear(x, self._prepared_for(x.dtype), bias)
 
     def explain(self, dtype: torch.dtype) -> str:
-        return llmquant_kernels.explain(self.packed_weight, dtype)
+        said = llmquant_kernels.explain(self.packed_weight, dtype)
+        if not self.keep_decoded:
+            return said
+        size = math.prod(self.matrix_shape) * dtype.itemsize / 2**20
+        return f"{said}\nkeep_decoded: many rows by the decoded weight, which takes {size:.1f} MiB more"
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

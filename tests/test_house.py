@@ -35,7 +35,7 @@ def test_folders_of_scripts_and_kernels_are_no_packages() -> None:
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
 def test_kernels_import_torch_and_triton_only(path: Path) -> None:
-    scripts = {"bench", "bench_gpu", "bench_rivals"} if path.name.startswith("bench") else set()
+    scripts = {"bench", "bench_gpu", "bench_rivals", "llmquant"} if path.name.startswith("bench") else set()
     allowed = {*sys.stdlib_module_names, "torch", "triton", "llmquant_kernels", "", *scripts}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
@@ -74,6 +74,7 @@ FORBIDDEN = {
     "scaling": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "curvature": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "cpu_loops": ["*"],
+    "benchmark": [*WRITING, "hf", "metrics", "text"],
     "ranks": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"} - {"stats"}),
     "linear": [*WRITING, "hf", "checkpoint"],
     "offload": sorted({*WRITING, "hf", "linear", "checkpoint", "formats", "metrics", "text"}),
@@ -134,6 +135,7 @@ def test_every_room_has_its_rule() -> None:
         "__main__",
         "cli",
         "cli_check",
+        "cli_bench",
         "cli_exchange",
         "cli_train",
         "format_table",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import llmquant.linear  # noqa: F401  (brings the loops of cpu_compiled)
+import llmquant.formats  # noqa: F401  (brings the loops of cpu_compiled)
 import llmquant_kernels as kernels
 from llmquant_kernels import Facts, PackedWeight
 from llmquant_kernels.cpu_compiled import ROWS as ROWS_COMPILED
@@ -650,8 +650,8 @@ REFUSALS: list[tuple[str, dict[str, Any], torch.dtype, str, str]] = [
         "cpu_compiled",
         "zero",
     ),
-    ("cpu_compiled", {"bits": 8, "group": 64, "has_micro": True}, BF16, "cpu_compiled", "no micro-exponents"),
-    ("cpu_compiled", {"bits": 8, "group": 8, "zero": 128}, BF16, "cpu_compiled", "multiples of 32, not 256 and 8"),
+    ("cpu_int8", {"bits": 8, "group": 64, "has_micro": True}, BF16, "cpu_compiled", "no micro-exponents"),
+    ("cpu_int4", {"bits": 4, "group": 8, "zero": 8}, BF16, "cpu_compiled", "multiples of 32, not 256 and 8"),
     ("triton", {"bits": 4, "group": 128}, BF16, "cpu_int4", "on GPUs only, the weight is on cpu"),
     ("cpu_compiled", {"bits": 4, "group": 128, "device": "mps"}, BF16, "reference", "the weight is on mps"),
 ]

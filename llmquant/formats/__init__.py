@@ -5,8 +5,10 @@ To add one: write a file with a Format, and add its name here.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from llmquant.errors import CheckpointError, PlanError
@@ -23,8 +25,12 @@ from llmquant.formats import (
     vsquant,
 )
 from llmquant.formats.base import Format, Grid, TensorSpec
+from llmquant_kernels import cpu_compiled
 
 __all__ = ["FAMILIES", "Format", "Grid", "TensorSpec", "get", "listed_modules"]
+
+# Who makes weights for the kernels brings the loops that those for CPUs run. numba takes half a second to import.
+cpu_compiled.use(cache(partial(importlib.import_module, "llmquant.cpu_loops")))
 
 # Pattern of the name before the first colon -> parser of (name, options).
 FAMILIES: dict[str, Callable[[str, list[str]], Format]] = {
