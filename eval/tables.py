@@ -63,7 +63,7 @@ python eval/compare.py MODEL --text TEXT --methods llmquant-fast llmquant-balanc
 Whether text is the wrong one is seen from the model: the cross-entropy of 4096 of its tokens, less the entropy of the
 model's predictions, is near 0 for text that it could have written, and above 0.5 the text is taken to be wrong:
 of stories it is 1.2 for `pycode`. A model
-that was trained to answer rather than to continue may find plain text wrong, and loses little by it. Own samples need
+that was trained to answer rather than to continue may find plain text wrong: that was not tried. Own samples need
 the whole model in memory: where there is no room, the run stops and says so, since what is left of such text alone may
 be worse than none.
 """
@@ -81,8 +81,9 @@ python eval/rotations.py stories260K --text tinystories_clean.json --formats int
 """
 CHOICE = """
 So `--rotate auto` chooses by what the run does otherwise. Where scales are moved out of norms (`gptq`, `awq`), outliers
-do no harm and it rotates nothing. Else it rounds the model to nearest each way, shows it 512 random tokens, and rotates
-where a fifth of the divergence goes. The folder notes the choice and both figures.
+did no harm in what was measured (stories260K, int4:g32), and it rotates nothing. Else it rounds the model to nearest
+each way, shows it 512 random tokens, and rotates where a fifth of the divergence goes. The folder notes the choice and
+all figures.
 """
 
 
