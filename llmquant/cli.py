@@ -132,7 +132,10 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Type to calibrate in: float32, bfloat16, float16 [its own].")
+        str | None,
+        typer.Option(
+            help="Type to calibrate in: float32, bfloat16, float16 [its own; float32 on a CPU without bfloat16]."
+        ),
     ] = None,
     text: Annotated[
         str | None, typer.Option("--eval", help="Measure perplexity and KL on this text at the end.")

@@ -83,7 +83,9 @@ def test_every_architecture_loads_with_the_logits_of_the_decoded_weights(
     with torch.no_grad():
         expected = dense_twin(model, tmp_path / "out")(ids).logits
         found = loaded(ids).logits
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        # The state that qwen3_next hands from token to token makes more of what products in another order round.
+        nearness = 1e-4 if name == "qwen3_next" else 1e-5
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=nearness)
         loaded.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert torch.equal(again(ids).logits, found)
