@@ -58,9 +58,9 @@ def quantize(
     which tries them; calibration: "self" (the model's own samples), a file or a dataset id; calibration_check: whether
     half of it gives way to the model's own samples where it is not the kind of text that the model was made for;
     samples, length: windows and tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by
-    default the model's own; offload: a folder for the hidden states of calibration; max_memory: bytes, beyond which the
-    plan is refused; verify: compare the result with the original before it gets its name; report: whether README.md and
-    report.html are written; progress(what, done, total) is called now and then.
+    default the model's own, or float32 on a CPU that does not multiply bfloat16; offload: a folder for hidden states;
+    max_memory: bytes, beyond which the plan is refused; verify: compare the result with the original before it gets its
+    name; report: whether README.md and report.html are written; progress(what, done, total) is called now and then.
 
     A run that was cut is taken up again by the same call. Raises the LlmquantError that says what is wrong, before any
     work wherever that can be known.

@@ -11,7 +11,7 @@ of one format are joined to be multiplied at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -264,6 +264,7 @@ def _alike(one: PackedWeight, other: PackedWeight) -> bool:
 
 
 def _below(one: PackedWeight, other: PackedWeight) -> PackedWeight:
-    join: Callable[[str], Any] = lambda name: torch.cat([getattr(one, name), getattr(other, name)])  # noqa: E731
-    rows = {name: join(name) for name, own in _rows_own(one).items() if own}
+    rows: dict[str, Any] = {
+        name: torch.cat([getattr(one, name), getattr(other, name)]) for name, own in _rows_own(one).items() if own
+    }
     return replace(one, **rows, shape=(one.shape[0] + other.shape[0], one.shape[1]))
