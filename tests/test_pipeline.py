@@ -81,11 +81,15 @@ def test_every_architecture_loads_with_the_logits_of_the_decoded_weights(
     ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        expected = dense_twin(model, tmp_path / "out")(ids).logits
         found = loaded(ids).logits
-        # The state that qwen3_next hands from token to token makes more of what products in another order round.
-        nearness = 1e-4 if name == "qwen3_next" else 1e-5
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=nearness)
+        twin = dense_twin(model, tmp_path / "out")
+        rounded = twin(ids).logits
+        twin.set_experts_implementation("eager")  # the others know no float64
+        exact = twin.double()(ids).logits.double()
+        # How much a model makes of the rounding of its own products is its matter: qwen3_next's state a lot.
+        nearness = 1e-5 + 8 * float((rounded - exact).abs().max())
+        assert nearness < 1e-3
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=nearness)
         loaded.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert torch.equal(again(ids).logits, found)
