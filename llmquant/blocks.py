@@ -127,6 +127,11 @@ class StreamedModel:
 
     # ---------------------------------------------------------------------------------------- what there is
 
+    @property
+    def places(self) -> list[int | None]:
+        """Every block, and then what lies outside them."""
+        return [*range(len(self.block_names)), None]
+
     def targets(self, block: int | None) -> dict[str, Target]:
         """The matrices of a block that can be quantized, by their names in memory, in the modules' order.
 

@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from llmquant import inspection, pipeline, tune, verification
+from llmquant import finishing, inspection, pipeline, tune, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from llmquant.job import Calibration, Job, Prepared, Progress, silent
 from llmquant.metrics import quantized_modules
 from llmquant.output import CALIBRATION, TEACHER, OutputFolder
 from llmquant.recipe import Recipe, Rule
-from llmquant.saving import save_block, stored, stored_name
+from llmquant.saving import part_of, save_block, stored, stored_name
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
@@ -147,38 +147,26 @@ def tune_folder(
         vectors = {keys[name]: vector.cpu() for name, vector in tuned.vectors.items()} if tuned.kept else {}
         before = {tensor["name"]: tensor for tensor in facts["tensors"]}
         moved = {name for note in facts.get("scaled", []) for name in (note["source"], *note["readers"])}
-        places = [*range(len(model.block_names)), None]
-        for part, place in enumerate(places):
-            if part in written.records:
+        for block in model.places:
+            if part_of(model, block) in written.records:
                 continue
-            _load(model, place)
+            _load(model, block)
             results = [
                 _result(model, row, matrices[row.target.name], before[row.target.name], row.target.name in moved)
-                for row in prepared.plan.of_block(place)
+                for row in prepared.plan.of_block(block)
             ]
-            own = model.outside_keys() if place is None else model.block_keys(place)
+            own = model.outside_keys() if block is None else model.block_keys(block)
             dense = source.tensors([name for name in own if name in source.names()])
-            name = f"model-{part + 1:05d}-of-{len(places):05d}.safetensors"
-            save_block(prepared, written, place, name, results, changed=dense | vectors)
-            _unload(model, place)
-        written.assemble(pipeline.result_config(prepared), source.companions())
-        manifest = pipeline.result_manifest(prepared, written)
+            save_block(prepared, written, block, results, changed=dense | vectors)
+            _unload(model, block)
+        written.assemble(finishing.result_config(prepared), source.companions())
+        manifest = finishing.result_manifest(prepared, written)
         inherited = ("kept_dense", "recoveries", "experts", "scaled", "qat", "calibration_fit")
         manifest |= {key: facts[key] for key in inherited if key in facts}
         tuning = {"kept": tuned.kept, "divergences": tuned.divergences, "codes": course.codes}
         manifest["settings"] = {**facts.get("settings", {}), "tune": {**noted, "kept": tuned.kept}}
         manifest["tuning"] = tuning if tuned.kept else facts.get("tuning", tuning)
-        shown = windows[-verification.WINDOWS :, : verification.LENGTH]
-        found = verification.verify(
-            written.partial,
-            model,
-            shown,
-            manifest=manifest,
-            trust_remote_code=job.trust_remote_code,
-            progress=progress,
-        )
-        found.check(written.partial, "it keeps this name: please report it")
-        manifest["verification"] = found.to_json()
+        finishing.compare(prepared, written, manifest, progress)
         written.finish(manifest)
     return manifest
 
@@ -209,7 +197,7 @@ def _tuned(
         untied=prepared.checkpoint.untied,
     )
     matrices = []
-    for block in [*range(len(twin.block_names)), None]:
+    for block in twin.places:
         _load(twin, block)
         for row in prepared.plan.of_block(block):
             named = source.tensors([stored_name(row, suffix) for suffix in row.format.layout(row.target.shape)])
@@ -233,7 +221,7 @@ def _tuned(
         look=lambda state: written.keep_state(int(state["step"]), state),
         progress=partial(progress, "tune"),
     )
-    for block in [*range(len(twin.block_names)), None]:
+    for block in twin.places:
         _unload(twin, block)
     model.unload_outside()
     return tuned

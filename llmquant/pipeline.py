@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import psutil
-import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import allocate, chats, domain, equivalence, recovery, rotation, text, trial, verification
+from llmquant import allocate, chats, domain, equivalence, rotation, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
 from llmquant.card import turned
@@ -28,13 +25,9 @@ from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.endtoend import keep_lean, tune_all
 from llmquant.equivalence import Place
-from llmquant.errors import (
-    CheckpointError,
-    DataError,
-    OutputError,
-    PlanError,
-)
-from llmquant.estimate import Row, Work
+from llmquant.errors import CheckpointError, DataError, OutputError, PlanError
+from llmquant.estimate import Work
+from llmquant.finishing import compare, result_config, result_manifest
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
 from llmquant.matrices import loader_of
 from llmquant.output import ALLOCATION, CALIBRATION, CURVATURE, OutputFolder, check_usable
@@ -42,11 +35,9 @@ from llmquant.phases import phase, timed
 from llmquant.plan import Plan, make_plan, with_recipe
 from llmquant.ranks import SINGLE, Parcel, Ranks, join
 from llmquant.recipe import Recipe
-from llmquant.saving import restore, save_block, stored, stored_name
+from llmquant.saving import restore, save_block
 from llmquant.scaling import Scales
 from llmquant.solving import solve_block, solve_outside
-from llmquant.verification import Verification
-from llmquant.version import __version__
 
 # Of a run without calibration whose formats are chosen.
 SHOWN = Calibration(samples=16, curvature=1.0)
@@ -200,7 +191,7 @@ def _quantize(prepared: Prepared, folder: OutputFolder | None, verify: bool, pro
         if blocks not in solved:
             results = solve_outside(prepared, streams)
             if folder is not None:
-                folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
+                folder.later(partial(save_block, prepared, folder, None, results))
         wanted = streams.gathered() if streams is not None and prepared.job.tuning else None
         ended = ranks.alone(partial(_finish, prepared, folder, streams, wanted, allocation, verify, progress))
     return ended.facts | {"phases": dict(seconds), "behind": 0.0 if folder is None else folder.behind}
@@ -235,8 +226,8 @@ def _finish(
     timeless: dict[str, Any] = {}
     if verify:
         with phase("verify", whole=True):
-            found = _verify(prepared, folder, manifest, progress)
-        manifest["verification"] = found.to_json()
+            remedy = "please report it, or repeat the command with --no-verify"
+            found = compare(prepared, folder, manifest, progress, remedy)
         timeless = {"verification": found.to_json() | {"seconds": found.seconds}}
     with phase("finish", whole=True):
         folder.finish(manifest)
@@ -277,17 +268,11 @@ def _do_block(
         if folder is not None:
             keep_lean(folder, block, results)
             changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
-            name = _shard(prepared, block)
-            folder.later(partial(save_block, prepared, folder, block, name, results, changed=changed, noted=noted))
+            folder.later(partial(save_block, prepared, folder, block, results, changed=changed, noted=noted))
     if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
         streams.advance(block, swap)
     with phase("load"):
         model.unload_block(block)
-
-
-def _shard(prepared: Prepared, part: int) -> str:
-    """The file of a block, or of what lies outside them, the last."""
-    return f"model-{part + 1:05d}-of-{len(prepared.model.block_names) + 1:05d}.safetensors"
 
 
 def _done(plan: Plan, block: int) -> int:
@@ -526,96 +511,3 @@ def _places(prepared: Prepared) -> Iterator[list[Place]]:
             Place(source, tuple(readers), told.tensors[str(number)], offset)
             for number, (source, readers, offset) in enumerate(told.facts)
         ]
-
-
-# ---- the end
-
-
-def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress) -> Verification:
-    """On a few held-out windows, or on random tokens where there is no text."""
-    windows = verification.random_windows(prepared.model, seed=prepared.job.seed)
-    if prepared.job.calibration is not None:
-        windows = load_file(folder.partial / CALIBRATION)["tokens"][-verification.WINDOWS :, : verification.LENGTH]
-    found = verification.verify(
-        folder.partial,
-        prepared.model,
-        windows,
-        manifest=manifest,
-        trust_remote_code=prepared.job.trust_remote_code,
-        progress=progress,
-    )
-    found.check(folder.partial, "it keeps this name: please report it, or repeat the command with --no-verify")
-    return found
-
-
-def result_config(prepared: Prepared) -> dict[str, Any]:
-    quantization = {"quant_method": "llmquant", "version": __version__, "formats": prepared.plan.modules()}
-    return {**prepared.checkpoint.config(), "quantization_config": quantization}
-
-
-def result_manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
-    """All about the run that does not depend on when and where it ran."""
-    plan, job = prepared.plan, prepared.job
-    scaled = [note for part in sorted(folder.records) for note in folder.records[part].get("scaled", [])]
-    written = [report for part in sorted(folder.records) for report in folder.records[part].get("report", [])]
-    reports = list({report["name"]: report for report in written}.values())  # a block written anew counts as it is now
-    versions = {
-        "llmquant": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-    return {
-        "versions": versions,
-        "model": Path(job.model).name if Path(job.model).is_dir() else job.model,
-        "settings": {key: value for key, value in folder.settings.items() if key != "source"},
-        "threads": torch.get_num_threads(),
-        "bits_per_weight": plan.bits_per_weight,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-        "kept_dense": [asdict(kept) for kept in plan.kept],
-        "recoveries": recovery.of_run(reports),
-        **_fit(folder),
-        **({} if prepared.rotation is None else {"rotation": prepared.rotation}),
-        **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
-        "scaled": scaled,
-        "tensors": reports,
-        "histograms": [_histogram(prepared, folder, row) for row in _worst(plan.rows, reports)],
-    }
-
-
-def _fit(folder: OutputFolder) -> dict[str, Any]:
-    """How the calibration text fits the model, where it was looked at."""
-    path = folder.partial / CALIBRATION
-    shown = load_file(path) if path.is_file() else {}
-    if "excess" not in shown:
-        return {}
-    facts = {"excess": float(shown["excess"]), "bound": domain.MOST}
-    return {"calibration_fit": {**facts, "windows": len(shown["own"]), "own_windows": int(shown["own"].sum())}}
-
-
-def _worst(rows: Iterable[Row], reports: list[dict[str, Any]]) -> list[Row]:
-    """Three matrices, by the error of their outputs where that is known."""
-    worst = sorted(reports, key=lambda report: -report.get("output_error", report["error"]))[:3]
-    named = {row.target.name: row for row in rows}
-    return [named[report["name"]] for report in worst]
-
-
-def _histogram(prepared: Prepared, folder: OutputFolder, row: Row) -> dict[str, Any]:
-    """Counts of a matrix's weights before and after, in 64 equal bins; before: as the checkpoint has them."""
-    model, written = prepared.model, Checkpoint(folder.partial)
-    named = stored(row, written.tensors([stored_name(row, suffix) for suffix in row.format.layout(row.target.shape)]))
-    after = row.format.decode(*row.format.unpack(named, row.target.shape))
-    if row.block is None:
-        model.load_outside()
-    else:
-        model.load_block(row.block)
-    before = row.target.matrix(model.module(row.target)).detach().float().cpu()
-    if row.block is None:
-        model.unload_outside()
-    else:
-        model.unload_block(row.block)
-    low, high = (float(end) for end in torch.aminmax(before))
-    counts = [torch.histc(w.clamp(low, high), 64, low, high).int().tolist() for w in (before, after)]
-    return {"name": row.target.name, "low": low, "high": high, "before": counts[0], "after": counts[1]}

@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmquant import tune
+from llmquant.blocks import StreamedModel
 from llmquant.calibration import WeightSwap
-from llmquant.errors import (
-    NonFiniteInput,
-    VerificationError,
-)
+from llmquant.errors import NonFiniteInput, VerificationError
 from llmquant.estimate import Row
 from llmquant.formats.base import all_finite
 from llmquant.job import Prepared
@@ -29,16 +27,15 @@ def save_block(
     prepared: Prepared,
     folder: OutputFolder,
     block: int | None,
-    shard: str,
     results: list[Result],
     *,
-    part: int | None = None,
+    anew: bool = False,
     changed: dict[str, Tensor] | None = None,
     noted: dict[str, Any] | None = None,
 ) -> None:
     """block None: all that lies outside the blocks, as the last part.
 
-    part: its number, where it is not the first that is written of the block; changed: what the file gets, of whatever
+    anew: as a part of its own, which counts instead of the first of the block; changed: what the file gets, of whatever
     blocks, in place of the checkpoint's own tensors; noted: of this part, besides the report.
     """
     model = prepared.model
@@ -61,8 +58,14 @@ def save_block(
             _check_result(result, read)
         return {"report": [result.report for result in results], **(noted or {})}
 
-    first = len(model.block_names) if block is None else block
-    folder.write_shard(first if part is None else part, shard, tensors, check)
+    index, count = model.places.index(block), len(model.places)
+    name = f"{'tuned' if anew else 'model'}-{index + 1:05d}-of-{count:05d}.safetensors"
+    folder.write_shard(part_of(model, block, anew), name, tensors, check)
+
+
+def part_of(model: StreamedModel, block: int | None, anew: bool = False) -> int:
+    """The number of a block's part of the folder; anew: of the one that is written when all blocks are."""
+    return model.places.index(block) + (len(model.places) if anew else 0)
 
 
 def stored_name(row: Row, suffix: str) -> str:

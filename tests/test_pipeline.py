@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> torch.nn.Module:
+def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> Any:
     """The original model, a `kind`, with the matrices replaced by what the folder's tensors decode to."""
     stored: dict[str, Tensor] = {}
     for shard in folder.glob("*.safetensors"):
