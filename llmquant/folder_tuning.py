@@ -31,7 +31,7 @@ from llmquant.job import Calibration, Job, Prepared, Progress, silent
 from llmquant.metrics import quantized_modules
 from llmquant.output import CALIBRATION, TEACHER, OutputFolder
 from llmquant.recipe import Recipe, Rule
-from llmquant.saving import part_of, save_block, stored, stored_name
+from llmquant.saving import matrices, part_of, save_block
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
@@ -142,7 +142,7 @@ def tune_folder(
             CALIBRATION, lambda: {"tokens": pipeline.shown_windows(prepared, calibration, progress)}
         )["tokens"]
         tuned = _tuned(prepared, course, source, written, windows, seed, progress)
-        matrices = {matrix.target.name: matrix for matrix in tuned.matrices}
+        found = {matrix.target.name: matrix for matrix in tuned.matrices}
         keys = model.vectors()
         vectors = {keys[name]: vector.cpu() for name, vector in tuned.vectors.items()} if tuned.kept else {}
         before = {tensor["name"]: tensor for tensor in facts["tensors"]}
@@ -152,7 +152,7 @@ def tune_folder(
                 continue
             _load(model, block)
             results = [
-                _result(model, row, matrices[row.target.name], before[row.target.name], row.target.name in moved)
+                _result(model, row, found[row.target.name], before[row.target.name], row.target.name in moved)
                 for row in prepared.plan.of_block(block)
             ]
             own = model.outside_keys() if block is None else model.block_keys(block)
@@ -196,18 +196,18 @@ def _tuned(
         decoded=True,
         untied=prepared.checkpoint.untied,
     )
-    matrices = []
+    quantized: list[tune.Matrix] = []
     for block in twin.places:
         _load(twin, block)
-        for row in prepared.plan.of_block(block):
-            named = source.tensors([stored_name(row, suffix) for suffix in row.format.layout(row.target.shape)])
-            codes, grid = row.format.unpack(stored(row, named), row.target.shape)
-            matrices.append(tune.Matrix(row.target, row.format, codes.to(twin.device), grid.to(twin.device)))
-            if block is not None:
+        rows = prepared.plan.of_block(block)
+        names = dict.fromkeys(name for row in rows for name in row.pieces)  # experts have theirs together
+        quantized += matrices(prepared, block, source.tensors(list(names)))
+        if block is not None:
+            for row in rows:
                 _drop(twin, row)
     tuned = tune.tune(
         twin,
-        matrices,
+        quantized,
         {name: source.dtype(key) for name, key in twin.vectors().items()},
         windows,
         teacher,
