@@ -29,9 +29,10 @@ from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import BASE, Row
 from llmquant.job import Calibration, Job, Prepared, Progress, silent
 from llmquant.metrics import quantized_modules
-from llmquant.output import CALIBRATION, TEACHER, OutputFolder
+from llmquant.output import TEACHER, OutputFolder
 from llmquant.recipe import Recipe, Rule
 from llmquant.saving import matrices, part_of, save_block
+from llmquant.shown import kept_windows
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
@@ -138,9 +139,7 @@ def tune_folder(
     noted = {**asdict(course), "seed": seed, "calibration": asdict(calibration)}
     settings = {**job.settings(prepared.checkpoint), "tune": noted, "folder": source.fingerprint()}
     with OutputFolder(output, settings, overwrite=overwrite) as written:
-        windows = written.kept(
-            CALIBRATION, lambda: {"tokens": pipeline.shown_windows(prepared, calibration, progress)}
-        )["tokens"]
+        windows = kept_windows(prepared, written, progress)
         tuned = _tuned(prepared, course, source, written, windows, seed, progress)
         found = {matrix.target.name: matrix for matrix in tuned.matrices}
         keys = model.vectors()

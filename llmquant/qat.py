@@ -32,8 +32,9 @@ from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import BASE, Row
 from llmquant.fake_quantize import ROUNDINGS, FakeQuantized
 from llmquant.job import Job, Prepared, Progress, silent
-from llmquant.output import CALIBRATION, OutputFolder
+from llmquant.output import OutputFolder
 from llmquant.saving import part_of, save_block
+from llmquant.shown import kept_windows
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
@@ -125,9 +126,7 @@ def train(
     assert calibration is not None
     settings = {**job.settings(prepared.checkpoint), "qat": asdict(course)}
     with OutputFolder(output, settings, overwrite=overwrite) as folder:
-        windows = folder.kept(CALIBRATION, lambda: {"tokens": pipeline.shown_windows(prepared, calibration, progress)})[
-            "tokens"
-        ]
+        windows = kept_windows(prepared, folder, progress)
         place = (prepared.offload or folder.partial) if prepared.plan.offload else None
         streams = Streams.start(model, windows, calibration.batch, partial(progress, "embed"), place)
         last_states(streams, partial(progress, "original"))

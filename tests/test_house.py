@@ -94,6 +94,7 @@ FORBIDDEN = {
     "job": ["pipeline", "solving", "saving", "endtoend", "calibration", "solvers", "output", "cli", "hf", "linear"],
     "solving": ["pipeline", "saving", "endtoend", "plan", "output", "cli", "hf", "linear"],
     "saving": ["pipeline", "endtoend", "plan", "recipe", "cli", "hf", "linear"],
+    "shown": ["pipeline", "plan", "solving", "saving", "finishing", "cli", "api", "exchange", "hf", "linear"],
     "finishing": ["pipeline", "endtoend", "plan", "recipe", "solvers", "cli", "api", "exchange", "hf", "linear"],
     "endtoend": ["pipeline", "plan", "recipe", "cli", "hf", "linear"],
     "pipeline": ["cli", "api", "exchange", "hf", "linear"],
