@@ -69,16 +69,15 @@ class Streams:
         numbers, summed = torch.arange(len(windows)), summed_windows(len(windows))
         batches = [*numbers[:summed].split(batch), *(numbers[summed:].split(batch) if summed < len(windows) else ())]
         streams = cls(model, [], [], [], [], [], batches, -(-summed // batch), windows.shape, ranks)
-        model.load_outside()
-        for numbers in streams.numbers():
-            tokens = windows[numbers]
-            streams.held.append(int(numbers[0]) >= summed)
-            streams.tokens.append(tokens)
-            hidden, calls = model.embed(tokens.to(model.device))
-            streams.reference.append(hidden if offload is None else _written(hidden, offload))
-            streams.calls.append(streams._shared(calls))
-            progress(int(numbers[-1]) + 1, len(windows))
-        model.unload_outside()
+        with model.loaded(None):
+            for numbers in streams.numbers():
+                tokens = windows[numbers]
+                streams.held.append(int(numbers[0]) >= summed)
+                streams.tokens.append(tokens)
+                hidden, calls = model.embed(tokens.to(model.device))
+                streams.reference.append(hidden if offload is None else _written(hidden, offload))
+                streams.calls.append(streams._shared(calls))
+                progress(int(numbers[-1]) + 1, len(windows))
         # Both streams enter the first block alike.
         streams.quantized = [hidden if offload is None else _written(hidden, offload) for hidden in streams.reference]
         streams._in_place = offload is not None

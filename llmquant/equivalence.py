@@ -77,10 +77,9 @@ def find_all(model: StreamedModel) -> Iterator[list[Place]]:
         model, torch.randint(vocabulary, (2, TOKENS // 2), generator=generator), 2, lambda done, total: None
     )
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        found = find(streams, block)
-        streams.advance(block, WeightSwap())
-        model.unload_block(block)
+        with model.loaded(block):
+            found = find(streams, block)
+            streams.advance(block, WeightSwap())
         yield found
 
 

@@ -108,15 +108,8 @@ def _histogram(prepared: Prepared, folder: OutputFolder, row: Row) -> dict[str, 
     """Counts of a matrix's weights before and after, in 64 equal bins; before: as the checkpoint has them."""
     model, written = prepared.model, Checkpoint(folder.partial)
     after = row.format.decode(*row.unpacked(written.tensors(list(row.pieces))))
-    if row.block is None:
-        model.load_outside()
-    else:
-        model.load_block(row.block)
-    before = row.target.matrix(model.module(row.target)).detach().float().cpu()
-    if row.block is None:
-        model.unload_outside()
-    else:
-        model.unload_block(row.block)
+    with model.loaded(row.block):
+        before = row.target.matrix(model.module(row.target)).detach().float().cpu()
     low, high = (float(end) for end in torch.aminmax(before))
     counts = [torch.histc(w.clamp(low, high), 64, low, high).int().tolist() for w in (before, after)]
     return {"name": row.target.name, "low": low, "high": high, "before": counts[0], "after": counts[1]}

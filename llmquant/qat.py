@@ -27,7 +27,6 @@ from torch import Tensor
 from llmquant import finishing, pipeline, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
-from llmquant.endtoend import whole
 from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import BASE, Row
 from llmquant.fake_quantize import ROUNDINGS, FakeQuantized
@@ -131,7 +130,7 @@ def train(
         streams = Streams.start(model, windows, calibration.batch, partial(progress, "embed"), place)
         last_states(streams, partial(progress, "original"))
         shown = windows[-verification.WINDOWS :, : verification.LENGTH].to(model.device)
-        with whole(model):
+        with model.whole():
             weights, moved = _trained_parts(prepared, course)
             training = _train(prepared, course, folder, streams, weights, moved, partial(progress, "train"))
             with in_place(model.model, list(weights.values()), moved), _nearest(weights):
@@ -256,7 +255,7 @@ def _check_same(folder: Path, prepared: Prepared, shown: Tensor, expected: Tenso
     decoded = verification.Decoded(folder, prepared.model)
     job, dtype = prepared.job, prepared.model.dtype
     twin = StreamedModel(decoded, device=job.device, dtype=dtype, trust_remote_code=job.trust_remote_code, decoded=True)
-    with whole(twin):
+    with twin.whole():
         for block in range(len(twin.block_names)):
             decoded.fill(twin, block)
         found = twin.model(input_ids=shown, use_cache=False).logits

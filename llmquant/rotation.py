@@ -189,14 +189,13 @@ def rotated(
     edits: dict[str, Edit] = {}
     embedded = streams.reference[0]
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        trial = _Trial(streams, block)
-        trial.values(seed + block + 1)
-        if residual is not None:
-            trial.residual(residual)
-        edits |= trial.edits
-        streams.advance(block, WeightSwap())
-        model.unload_block(block)
+        with model.loaded(block):
+            trial = _Trial(streams, block)
+            trial.values(seed + block + 1)
+            if residual is not None:
+                trial.residual(residual)
+            edits |= trial.edits
+            streams.advance(block, WeightSwap())
         progress(block + 1, len(model.block_names))
     if not edits:
         raise PlanError(

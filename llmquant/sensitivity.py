@@ -272,15 +272,13 @@ def estimated(
     sets: list[Fused] = []
     costs: list[list[float]] = []
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        order = stages(model, block, streams)
-        streams.remember(block, order)
-        own = fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
-        found = _estimated_block(model, block, streams, order, own, curves, tokens)
-        sets += own
-        costs += found
-        streams.advance(block, WeightSwap())
-        model.unload_block(block)
+        with model.loaded(block):
+            order = stages(model, block, streams)
+            streams.remember(block, order)
+            own = fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
+            costs += _estimated_block(model, block, streams, order, own, curves, tokens)
+            sets += own
+            streams.advance(block, WeightSwap())
         progress("sensitivity", block + 1, len(model.block_names))
     return sets, np.array(costs)
 
@@ -340,21 +338,19 @@ def streamed_divergence(
     """KL(original || with these matrices rounded), nats a token, with one block in memory at a time."""
     streams = Streams.start(model, windows, batch, partial(progress, "embed"))
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        swap = WeightSwap()
-        for row in (row for option in chosen for row in option if row.block == block):
-            parameter = model.model.get_parameter(row.target.parameter)
-            new = rounded(row, row.target.matrix(model.module(row.target)).detach()).to(model.dtype)
-            swap.replace(row.target.parameter, parameter, row.target.stored(new), row.target.expert)
-        streams.advance(block, swap)
-        model.unload_block(block)
+        with model.loaded(block):
+            swap = WeightSwap()
+            for row in (row for option in chosen for row in option if row.block == block):
+                parameter = model.model.get_parameter(row.target.parameter)
+                new = rounded(row, row.target.matrix(model.module(row.target)).detach()).to(model.dtype)
+                swap.replace(row.target.parameter, parameter, row.target.stored(new), row.target.expert)
+            streams.advance(block, swap)
         progress("measure", block + 1, len(model.block_names))
-    model.load_outside()
     tally = Tally(model.config.get_text_config().vocab_size)
-    for tokens, before, after in zip(streams.tokens, streams.reference, streams.quantized, strict=True):
-        for row_tokens, *pair in zip(tokens, before, after, strict=True):
-            own = row_tokens[None].to(model.device)
-            p, q = (model.logits(own, hidden[None].to(model.device))[0, :-1] for hidden in pair)
-            tally.add(row_tokens[1:], p, q)
-    model.unload_outside()
+    with model.loaded(None):
+        for tokens, before, after in zip(streams.tokens, streams.reference, streams.quantized, strict=True):
+            for row_tokens, *pair in zip(tokens, before, after, strict=True):
+                own = row_tokens[None].to(model.device)
+                p, q = (model.logits(own, hidden[None].to(model.device))[0, :-1] for hidden in pair)
+                tally.add(row_tokens[1:], p, q)
     return tally.divergence().mean

@@ -278,15 +278,14 @@ def solve_outside(prepared: Prepared, streams: Streams | None) -> list[Result]:
     rows, model = prepared.plan.of_block(None), prepared.model
     if not rows:
         return []
-    model.load_outside()
     results: dict[str, Result] = {}
     mine = _mine(prepared, rows)
-    for row in rows:
-        calibrated = streams is not None and isinstance(model.module(row.target), nn.Linear)
-        stats = streams.behind_blocks(row.target) if streams is not None and calibrated else None
-        if row.target.name in mine:
-            results[row.target.name] = _solve(row, row.target.matrix(model.module(row.target)).detach(), stats)
-    model.unload_outside()
+    with model.loaded(None):
+        for row in rows:
+            calibrated = streams is not None and isinstance(model.module(row.target), nn.Linear)
+            stats = streams.behind_blocks(row.target) if streams is not None and calibrated else None
+            if row.target.name in mine:
+                results[row.target.name] = _solve(row, row.target.matrix(model.module(row.target)).detach(), stats)
     others = _of_others(prepared, rows, [*results.values()])
     results |= {result.row.target.name: result for result in others}
     return [results[row.target.name] for row in rows]

@@ -34,23 +34,21 @@ def divergence(
     """
     streams = Streams.start(model, windows, len(windows), lambda done, total: None)
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        swap = WeightSwap()
-        for row in (row for row in rows if row.block == block):
-            w = row.target.matrix(model.module(row.target)).detach().float()
-            solution = SOLVERS["rtn"](w, None, row.format, clip=row.rule.options.get("clip", "search"))
-            stored = row.target.stored(row.format.decode(solution.codes, solution.grid).to(model.dtype))
-            parameter = model.model.get_parameter(row.target.parameter)
-            swap.replace(row.target.parameter, parameter, stored, row.target.expert)
-        streams.advance(block, swap)
-        model.unload_block(block)
+        with model.loaded(block):
+            swap = WeightSwap()
+            for row in (row for row in rows if row.block == block):
+                w = row.target.matrix(model.module(row.target)).detach().float()
+                solution = SOLVERS["rtn"](w, None, row.format, clip=row.rule.options.get("clip", "search"))
+                stored = row.target.stored(row.format.decode(solution.codes, solution.grid).to(model.dtype))
+                parameter = model.model.get_parameter(row.target.parameter)
+                swap.replace(row.target.parameter, parameter, stored, row.target.expert)
+            streams.advance(block, swap)
         progress(block + 1, len(model.block_names))
     tally = Tally(model.config.get_text_config().vocab_size)
     sides = [torch.cat(states) for states in (streams.reference, streams.quantized)]
-    model.load_outside()
-    for window, *hidden in zip(windows.split(1), *(states.split(1) for states in sides), strict=True):
-        tally.add(window[0, 1:].to(model.device), *(model.logits(window, states)[0, :-1] for states in hidden))
-    model.unload_outside()
+    with model.loaded(None):
+        for window, *hidden in zip(windows.split(1), *(states.split(1) for states in sides), strict=True):
+            tally.add(window[0, 1:].to(model.device), *(model.logits(window, states)[0, :-1] for states in hidden))
     return tally.divergence().mean
 
 

@@ -62,6 +62,7 @@ FORBIDDEN = {
     "recovery": ["calibration", "pipeline", "plan", "blocks", "output", "cli", "checkpoint", "hf", "linear"],
     "checkpoint": [*WRITING, "output", "hf", "linear", "formats", "metrics"],
     "output": [*sorted({*WRITING} - {"output"}), "hf", "linear", "formats", "metrics"],
+    "skeleton": [*WRITING, "formats", "hf", "linear", "text", "metrics"],
     "blocks": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "experts": [*WRITING, "matrices", "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
