@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmquant import allocate, chats, domain, equivalence, rotation, text, trial, verification
+from llmquant import allocate, chats, domain, equivalence, rotation, sampling, text, trial, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap, summed_windows
 from llmquant.card import turned
@@ -454,7 +454,7 @@ def _sampled(prepared: Prepared, count: int, progress: Progress) -> Tensor:
     model = loader_of(prepared.checkpoint.config()).from_pretrained(
         folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
     )
-    windows = text.sample_windows(
+    windows = sampling.sample_windows(
         model.to(job.device).eval(),
         bos_token_id=config.bos_token_id,
         count=count,
