@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmquant import chats, domain, text
+from llmquant import chats, domain, sampling, text
 from llmquant.errors import CheckpointError, DataError
 from llmquant.job import Calibration, Prepared, Progress
 from llmquant.matrices import loader_of
@@ -89,7 +89,7 @@ def _sampled(prepared: Prepared, count: int, progress: Progress) -> Tensor:
     model = loader_of(prepared.checkpoint.config()).from_pretrained(
         folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
     )
-    windows = text.sample_windows(
+    windows = sampling.sample_windows(
         model.to(job.device).eval(),
         bos_token_id=config.bos_token_id,
         count=count,

@@ -84,6 +84,7 @@ FORBIDDEN = {
     "metrics": [*WRITING, "hf", "linear"],
     "chats": [*WRITING, "checkpoint", "hf", "linear", "formats", "metrics", "text"],
     "text": [*WRITING, "hf", "linear", "formats"],
+    "sampling": [*WRITING, "checkpoint", "hf", "linear", "formats", "metrics"],
     "inspection": [*WRITING, "verification", "hf", "linear"],
     "verification": sorted({*WRITING, "hf", "linear"} - {"stats", "blocks"}),
     "estimate": ["pipeline", "plan", "output", "calibration", "cli", "hf", "linear", "checkpoint"],

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import llmquant
-from llmquant import formats, inspection, pipeline, text
+from llmquant import formats, inspection, pipeline, sampling
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams, WeightSwap
 from llmquant.checkpoint import MANIFEST, Checkpoint
@@ -117,7 +117,7 @@ def test_of_a_model_that_sees_the_language_part_is_quantized(name: str, tmp_path
 def test_given_tokens_give_the_bytes_that_the_same_tokens_from_elsewhere_give(pycode: Path, tmp_path: Path) -> None:
     quantize(pycode, tmp_path / "own", calibration=SMALL)
     model = AutoModelForCausalLM.from_pretrained(pycode)
-    tokens = text.sample_windows(model, bos_token_id=model.config.bos_token_id, count=4, length=32, seed=0)
+    tokens = sampling.sample_windows(model, bos_token_id=model.config.bos_token_id, count=4, length=32, seed=0)
     path = tmp_path / "tokens.safetensors"
     save_file({"tokens": torch.cat([tokens, tokens])}, path)
     given = pipeline.Calibration(str(path), samples=4, batch=2)  # the length is that of the file
