@@ -26,6 +26,7 @@ from llmquant.blocks import Call, StreamedModel
 from llmquant.calibration import Streams
 from llmquant.errors import PlanError
 from llmquant.experts import Watch
+from llmquant.hooks import hooked
 from llmquant.offload import room
 from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stats import finite_rows
@@ -240,13 +241,10 @@ def _backward(
         counts = {name: (part.tokens, part.dropped) for name, part in seen.items()}
         return Parcel(counts, {name: part.blocks for name, part in seen.items()})
 
-    try:
+    with hooked(*handles):
         for _, parcel in streams.in_order(piece):
             for name, blocks in parcel.tensors.items():
                 sums[name].include(blocks, *parcel.facts[name])
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _watch(sums: dict[str, _Sum], name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

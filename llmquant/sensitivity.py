@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from llmquant import formats
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
+from llmquant.calibration import Streams, WeightSwap, summed_windows
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import Row
 from llmquant.job import Progress
 from llmquant.knapsack import Numbers
 from llmquant.metrics import Tally
+from llmquant.stages import Stage
 from llmquant.stats import Stats, ratio
 
 CHUNK_BYTES = 2**26  # of float32 logits that exist at once
@@ -157,7 +158,7 @@ class Whole:
         """Of all blocks, as `fused` finds them."""
         found = []
         for block, entering in enumerate(self._entering[:-1]):
-            order = stages(self.model, block, replace(self._streams, reference=entering))
+            order = replace(self._streams, reference=entering).stages(block)
             found += fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
         return found
 
@@ -273,7 +274,7 @@ def estimated(
     costs: list[list[float]] = []
     for block in range(len(model.block_names)):
         with model.loaded(block):
-            order = stages(model, block, streams)
+            order = streams.stages(block)
             streams.remember(block, order)
             own = fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
             costs += _estimated_block(model, block, streams, order, own, curves, tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant import recovery
-from llmquant.calibration import Stage, Streams, WeightSwap, stages
+from llmquant.calibration import Streams, WeightSwap
 from llmquant.errors import (
     LlmquantError,
 )
@@ -23,6 +23,7 @@ from llmquant.ranks import Parcel
 from llmquant.scaling import Scales, awq, balance
 from llmquant.solvers import TUNERS, Solution, default_of
 from llmquant.solvers.block_tuning import Part
+from llmquant.stages import Stage
 from llmquant.stats import Stats, energy, ratio
 
 
@@ -50,7 +51,7 @@ def solve_block(
     The matrices of a stage are shared out over the processes, and all get all results.
     """
     rows = {row.target.name: row for row in prepared.plan.of_block(block)}
-    order = [] if streams is None else stages(prepared.model, block, streams)
+    order = [] if streams is None else streams.stages(block)
     if streams is not None:
         streams.remember(block, order)
     reached = {target.name for stage in order for target in stage.targets}

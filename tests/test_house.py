@@ -66,6 +66,8 @@ FORBIDDEN = {
     "blocks": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "experts": [*WRITING, "matrices", "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
+    "hooks": ["*"],
+    "stages": ["solvers", "calibration", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "tune": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "domain": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
