@@ -7,7 +7,6 @@ each linear is calibrated on the inputs it will really get. Only one block is in
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from llmquant.phases import phase
 from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stages import BLOCK_INPUT, Discovery, Stage
 from llmquant.stats import EXPERT_BYTES, HELD, Stats, energy
+from llmquant.swap import WeightSwap
 
 FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
@@ -490,33 +490,6 @@ def _in_metric(error: Tensor, curvature: Tensor | None) -> float:
     count, width, _ = curvature.shape
     parts = nn.functional.pad(error, (0, count * width - error.shape[1])).unflatten(1, (count, width)).transpose(0, 1)
     return float(((parts @ curvature.to(error.device)) * parts).sum(dtype=torch.float64))
-
-
-@dataclass
-class WeightSwap:
-    """The original and the quantized weights of one block, either of which can be in place."""
-
-    pairs: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=dict)
-
-    def replace(self, name: str, parameter: nn.Parameter, quantized: Tensor, expert: int | None = None) -> None:
-        """Put `quantized` (of the parameter's type) in place of the parameter's data, or of one of its experts."""
-        original = self.pairs[name][1] if name in self.pairs else parameter.data
-        if expert is not None:
-            changed = self.pairs[name][2] if name in self.pairs else original.clone()
-            changed[expert] = quantized
-            quantized = changed
-        self.pairs[name] = (parameter, original, quantized)
-        parameter.data = quantized
-
-    @contextmanager
-    def original(self) -> Iterator[None]:
-        for parameter, original, _ in self.pairs.values():
-            parameter.data = original
-        try:
-            yield
-        finally:
-            for parameter, _, quantized in self.pairs.values():
-                parameter.data = quantized
 
 
 def _equal(a: Any, b: Any) -> bool:

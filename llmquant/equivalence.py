@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.hooks import hooked
 from llmquant.matrices import Target, target_of
 from llmquant.stages import Stage
+from llmquant.swap import WeightSwap
 
 TOLERANCE = 1e-4  # of what the block adds to its input, in float32
 ROUNDING = 1e-6  # of what the block puts out: float32 has no more to give where it adds little

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmquant import allocate, domain, equivalence, rotation, trial, verification
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap, summed_windows
+from llmquant.calibration import Streams, summed_windows
 from llmquant.card import turned
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
@@ -37,6 +37,7 @@ from llmquant.saving import restore, save_block
 from llmquant.scaling import Scales
 from llmquant.shown import mended_windows, window_length
 from llmquant.solving import solve_block, solve_outside
+from llmquant.swap import WeightSwap
 
 # Of a run without calibration whose formats are chosen.
 SHOWN = Calibration(samples=16, curvature=1.0)
@@ -131,7 +132,7 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> P
             return Parcel({"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"})
         rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
         windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
-        found[mode] = trial.divergence(model, rows, windows, step)
+        found[mode] = trial.divergence(model, rows, windows, len(windows), step)
     return Parcel(trial.decide(found) | ({"refused": refused} if refused else {}))
 
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from llmquant import equivalence
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError
+from llmquant.swap import WeightSwap
 
 MODES = ("none", "value", "residual")
 AUTO = "auto"  # the one of them that is found to be best (see trial.py)

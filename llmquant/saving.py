@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from llmquant import tune
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import WeightSwap
 from llmquant.errors import NonFiniteInput, VerificationError
 from llmquant.formats.base import all_finite
 from llmquant.job import Prepared
@@ -19,6 +18,7 @@ from llmquant.output import OutputFolder
 from llmquant.ranks import Parcel
 from llmquant.solvers import Solution
 from llmquant.solving import Result, put
+from llmquant.swap import WeightSwap
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant import recovery
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.errors import (
     LlmquantError,
 )
@@ -25,6 +25,7 @@ from llmquant.solvers import TUNERS, Solution, default_of
 from llmquant.solvers.block_tuning import Part
 from llmquant.stages import Stage
 from llmquant.stats import Stats, energy, ratio
+from llmquant.swap import WeightSwap
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,8 @@ def _tune_block(
 
     def gradient(batch: int, weights: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         for name, weight in weights.items():
-            _put_weight(prepared, swap, rows[name], weight)
+            with phase("put"):
+                swap.put(prepared.model, rows[name].target, weight)
         turn, process = divmod(batch, streams.ranks.count)
         own = Parcel()
         if process == streams.ranks.rank:
@@ -339,11 +341,4 @@ def report_of(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outp
 
 @phase("put")
 def put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
-    _put_weight(prepared, swap, row, row.format.decode(solution.codes, solution.grid))
-
-
-@phase("put")
-def _put_weight(prepared: Prepared, swap: WeightSwap, row: Row, weight: Tensor) -> None:
-    parameter = prepared.model.model.get_parameter(row.target.parameter)
-    stored = row.target.stored(weight.to(prepared.model.dtype))
-    swap.replace(row.target.parameter, parameter, stored, row.target.expert)
+    swap.put(prepared.model, row.target, row.format.decode(solution.codes, solution.grid))

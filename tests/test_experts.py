@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import llmquant
 from llmquant import calibration, formats, pipeline, verification
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import CheckpointError, VerificationError
 from llmquant.experts import Watch, layout
@@ -26,6 +26,7 @@ from llmquant.metrics import stored_size
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import gptq
 from llmquant.stats import Stats
+from llmquant.swap import WeightSwap
 
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
 WINDOWS = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(2))

@@ -68,6 +68,7 @@ FORBIDDEN = {
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "hooks": ["*"],
     "stages": ["solvers", "calibration", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
+    "swap": ["solvers", "calibration", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
     "tune": ["solvers", "calibration", "stats", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear"],
     "domain": ["solvers", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],

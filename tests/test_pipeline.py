@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import llmquant
 from llmquant import formats, inspection, pipeline, sampling
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import DataError, OutputError, PlanError
 from llmquant.formats import Format, Grid
@@ -25,6 +25,7 @@ from llmquant.output import CALIBRATION
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import Solution, gptq
 from llmquant.stats import Stats
+from llmquant.swap import WeightSwap
 
 SMALL = pipeline.Calibration("self", samples=4, length=32, batch=2)
 
