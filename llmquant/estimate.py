@@ -25,7 +25,7 @@ from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
 from llmquant.stats import EXPERT_BYTES, HELD
 from llmquant.tune import Means
 
-BASE = 350 * 2**20  # Python, torch, transformers
+BASE = 420 * 2**20  # Python, torch, transformers, and the compiler of loops
 COPIES = 6  # of the weight in float32 that a calibrated solver holds: itself, target, errors, codes, indices, decoded
 SQUARES = 4  # matrices (in, in) in float32: the two sums, the damped one, and its factor
 JUDGED = 1 / 8  # share of the windows that are held out
