@@ -332,10 +332,10 @@ def test_evaluation_at_the_end_is_that_of_eval(run: Run, pycode: Path, held_out:
     assert "perplexity" in printed
 
 
-def test_plan_tells_the_size_that_the_run_then_has(run: Run, tiny: Path, tmp_path: Path) -> None:
-    _, printed, _ = run("quantize", tiny, *FAST, "--output", tmp_path / "out", "--dry-run", "--json")
+def test_plan_tells_the_size_that_the_run_then_has(run: Run, pycode: Path, tmp_path: Path) -> None:
+    _, printed, _ = run("quantize", pycode, *FAST, "--output", tmp_path / "out", "--dry-run", "--json")
     plan = json.loads(printed)
-    code, printed, _ = run("quantize", tiny, *FAST, "--output", tmp_path / "out", "--json")
+    code, printed, _ = run("quantize", pycode, *FAST, "--output", tmp_path / "out", "--json")
     assert (code, json.loads(printed)["bits_per_weight"]) == (0, plan["bits_per_weight"])
     stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert plan["bytes_after"] == pytest.approx(stored, rel=0.05)  # the rest is headers
