@@ -11,7 +11,7 @@ import torch
 from architectures import make_checkpoint
 from safetensors.torch import load_file
 from test_pipeline import SMALL, quantize
-from test_scaling import plant
+from test_scaling import outliers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmquant import card, formats, metrics, pipeline, rotation, trial, verification
@@ -157,7 +157,9 @@ def test_the_plan_says_what_untying_costs(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def hidden(pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with outliers that a norm hides."""
-    return plant(pycode, tmp_path_factory.mktemp("hidden") / "model", 30.0)
+    planted = outliers.hidden_by_norms(outliers.loaded(pycode), 30.0)
+    folder: Path = outliers.saved(planted, pycode, tmp_path_factory.mktemp("hidden") / "model")
+    return folder
 
 
 def test_a_trial_is_the_divergence_of_the_run_that_it_stands_for(pycode: Path, tmp_path: Path) -> None:
