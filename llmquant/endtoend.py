@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmquant import teacher, tune
-from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.estimate import Row
 from llmquant.job import Prepared, Progress
@@ -35,7 +33,7 @@ def tune_all(
         windows = load_file(folder.partial / CALIBRATION)["tokens"]
         means, vectors = prepared.plan.tuning, model.vectors()
         assert means is not None
-        with whole(model):
+        with model.whole():
             for index in range(len(model.block_names)):
                 for _, parameter, value in moved_vectors(prepared, written(folder, index)):
                     parameter.data = value
@@ -71,19 +69,6 @@ def keep_lean(folder: OutputFolder, block: int, results: list[Result]) -> None:
     tensors = {name: tensor.cpu() for name, tensor in lean.items() if tensor is not None}
     if tensors:
         folder.kept(LEAN.format(block), lambda: tensors)
-
-
-@contextmanager
-def whole(model: StreamedModel) -> Iterator[None]:
-    """The whole model in memory."""
-    blocks = range(len(model.block_names))
-    model.load_outside()
-    for block in blocks:
-        model.load_block(block)
-    yield
-    for block in blocks:
-        model.unload_block(block)
-    model.unload_outside()
 
 
 def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Iterator[tune.Matrix]:

@@ -18,7 +18,6 @@ from llmquant.checkpoint import Checkpoint
 from llmquant.estimate import Row
 from llmquant.job import Prepared, Progress
 from llmquant.output import CALIBRATION, OutputFolder
-from llmquant.saving import stored, stored_name
 from llmquant.verification import Verification
 from llmquant.version import __version__
 
@@ -108,17 +107,9 @@ def _worst(rows: Iterable[Row], reports: list[dict[str, Any]]) -> list[Row]:
 def _histogram(prepared: Prepared, folder: OutputFolder, row: Row) -> dict[str, Any]:
     """Counts of a matrix's weights before and after, in 64 equal bins; before: as the checkpoint has them."""
     model, written = prepared.model, Checkpoint(folder.partial)
-    named = stored(row, written.tensors([stored_name(row, suffix) for suffix in row.format.layout(row.target.shape)]))
-    after = row.format.decode(*row.format.unpack(named, row.target.shape))
-    if row.block is None:
-        model.load_outside()
-    else:
-        model.load_block(row.block)
-    before = row.target.matrix(model.module(row.target)).detach().float().cpu()
-    if row.block is None:
-        model.unload_outside()
-    else:
-        model.unload_block(row.block)
+    after = row.format.decode(*row.unpacked(written.tensors(list(row.pieces))))
+    with model.loaded(row.block):
+        before = row.target.matrix(model.module(row.target)).detach().float().cpu()
     low, high = (float(end) for end in torch.aminmax(before))
     counts = [torch.histc(w.clamp(low, high), 64, low, high).int().tolist() for w in (before, after)]
     return {"name": row.target.name, "low": low, "high": high, "before": counts[0], "after": counts[1]}

@@ -12,24 +12,22 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from torch import Tensor
 
-from llmquant import allocate, chats, domain, equivalence, rotation, sampling, text, trial, verification
+from llmquant import allocate, domain, equivalence, rotation, trial, verification
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap, summed_windows
+from llmquant.calibration import Streams, summed_windows
 from llmquant.card import turned
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.endtoend import keep_lean, tune_all
 from llmquant.equivalence import Place
-from llmquant.errors import CheckpointError, DataError, OutputError, PlanError
+from llmquant.errors import OutputError, PlanError
 from llmquant.estimate import Work
 from llmquant.finishing import compare, result_config, result_manifest
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
-from llmquant.matrices import loader_of
 from llmquant.output import ALLOCATION, CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.phases import phase, timed
 from llmquant.plan import Plan, make_plan, with_recipe
@@ -37,7 +35,9 @@ from llmquant.ranks import SINGLE, Parcel, Ranks, join
 from llmquant.recipe import Recipe
 from llmquant.saving import restore, save_block
 from llmquant.scaling import Scales
+from llmquant.shown import mended_windows, window_length
 from llmquant.solving import solve_block, solve_outside
+from llmquant.swap import WeightSwap
 
 # Of a run without calibration whose formats are chosen.
 SHOWN = Calibration(samples=16, curvature=1.0)
@@ -82,7 +82,7 @@ def prepare(
             "those only: use --quality fast, which reads weights only"
         )
     if (shown := _seen(job)) is not None and model.causal:
-        length = ranks.alone(partial(_length, model.config, shown)).facts
+        length = ranks.alone(lambda: Parcel(window_length(model.config, shown))).facts
     work, budget = _work(job, length, offload, ranks), job.budget
     recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget, model)
     plan = make_plan(checkpoint, model, recipe, output if ranks.first else None, work, max_memory)
@@ -132,7 +132,7 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> P
             return Parcel({"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"})
         rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
         windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
-        found[mode] = trial.divergence(model, rows, windows, step)
+        found[mode] = trial.divergence(model, rows, windows, len(windows), step)
     return Parcel(trial.decide(found) | ({"refused": refused} if refused else {}))
 
 
@@ -339,7 +339,7 @@ def _kept_windows(
 ) -> Tensor:
     def shown() -> Parcel:
         assert folder is not None
-        return Parcel(None, folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress)))
+        return Parcel(None, folder.kept(CALIBRATION, lambda: mended_windows(prepared, calibration, progress)))
 
     return prepared.ranks.alone(shown).tensors["tokens"].cpu()
 
@@ -388,107 +388,6 @@ def _curvature(
         logging.getLogger(__name__).warning("%s: rounding goes on without the curvature of the loss", error)
         return {}
     return {name: part.blocks for name, part in found.items()}
-
-
-def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> Parcel:
-    """Tokens of a window: as asked, as in the tokens that are given, or as the model allows."""
-    if text.holds_tokens(calibration.source):
-        return Parcel(text.token_length(calibration.source, config, calibration.length))
-    return Parcel(text.window_length(config, calibration.length or min(512, text.window_length(config))))
-
-
-def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
-    """What calibration shows: tokens (samples, length) int64; where text was looked at, excess, how far it is from what
-    the model was made for, nats a token, and own (samples,) bool, the windows that the model wrote anew for that.
-
-    Calibrated on such text alone a model can end worse than without any; half of it in its own words, nearly as on the
-    right text.
-    """
-    windows = shown_windows(prepared, calibration, progress)
-    if not calibration.checked:
-        return {"tokens": windows}
-    looking = partial(progress, "look at text")
-    with phase("forward", whole=True):
-        found = domain.excess(prepared.model, windows, batch=calibration.batch, progress=looking)
-    own = torch.zeros(len(windows), dtype=torch.bool)
-    if found > domain.MOST:
-        own[torch.arange(len(windows) - 1, -1, -2)] = True  # of those summed and of those held out
-        what = (
-            f"{calibration.source}: is not the kind of text that the model was made for: its tokens cost it "
-            f"{found:.2f} nats more than it expects, and {domain.MOST} are allowed"
-        )
-        try:
-            windows[own] = _sampled(prepared, int(own.sum()), progress)
-        except DataError as error:
-            raise DataError(
-                f"{what}; and half of the windows cannot be the model's own samples instead: {error}; or take the text "
-                "as it is with --no-calibration-check"
-            ) from error
-        logging.getLogger(__name__).warning(
-            "%s: %d of %d windows are the model's own samples instead; give other text, or leave --calibration away",
-            what,
-            int(own.sum()),
-            len(windows),
-        )
-    return {"tokens": windows, "excess": torch.tensor(found, dtype=torch.float64), "own": own}
-
-
-def shown_windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
-    """Calibration tokens (samples, length) int64, as they were asked for."""
-    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
-    if text.holds_tokens(calibration.source):
-        return text.read_tokens(calibration.source, count=calibration.samples, vocabulary=config.vocab_size)
-    if calibration.source != "self":
-        tokenizer = text.load_tokenizer(folder, job.trust_remote_code)
-        return text.calibration_windows(
-            tokenizer, calibration.source, count=calibration.samples, length=prepared.length, seed=job.seed
-        )
-    return _sampled(prepared, calibration.samples, progress)
-
-
-@phase("sample", whole=True)
-def _sampled(prepared: Prepared, count: int, progress: Progress) -> Tensor:
-    """Windows (count, length) int64 that the model writes by itself."""
-    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
-    _check_room(prepared)
-    model = loader_of(prepared.checkpoint.config()).from_pretrained(
-        folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
-    )
-    windows = sampling.sample_windows(
-        model.to(job.device).eval(),
-        bos_token_id=config.bos_token_id,
-        count=count,
-        length=prepared.length,
-        seed=job.seed,
-        turns=_turns(prepared),
-        progress=partial(progress, "sample"),
-    )
-    return windows.cpu()
-
-
-def _turns(prepared: Prepared) -> chats.Turns | None:
-    """How the model's conversations go; None where there is no chat template, or none that can be used."""
-    folder = prepared.checkpoint.folder
-    try:
-        turns = chats.turns(text.load_tokenizer(folder, prepared.job.trust_remote_code))
-        if turns is not None and 2 * (size := len(turns.opening) + len(turns.reply)) > prepared.length:
-            raise DataError(f"{folder}: the chat template's own {size} tokens fill most of {prepared.length}")
-    except (CheckpointError, DataError) as error:
-        logging.getLogger(__name__).warning("%s: the model's samples are plain text, no conversations", error)
-        return None
-    return turns
-
-
-def _check_room(prepared: Prepared) -> None:
-    """The model's own samples need all of it in memory at once, which nothing else here does."""
-    need = sum(prepared.checkpoint.nbytes(name) for name in prepared.checkpoint.names())
-    device = torch.device(prepared.job.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if need > 0.9 * free:
-        raise DataError(
-            f"the model's own samples need all of it in memory: {need:,} bytes, {free:,} are free: give text with "
-            "--calibration FILE, or use --quality fast, which needs none"
-        )
 
 
 def _places(prepared: Prepared) -> Iterator[list[Place]]:

@@ -27,13 +27,13 @@ from torch import Tensor
 from llmquant import finishing, pipeline, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
-from llmquant.endtoend import whole
 from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import BASE, Row
 from llmquant.fake_quantize import ROUNDINGS, FakeQuantized
 from llmquant.job import Job, Prepared, Progress, silent
-from llmquant.output import CALIBRATION, OutputFolder
+from llmquant.output import OutputFolder
 from llmquant.saving import part_of, save_block
+from llmquant.shown import kept_windows
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
@@ -125,14 +125,12 @@ def train(
     assert calibration is not None
     settings = {**job.settings(prepared.checkpoint), "qat": asdict(course)}
     with OutputFolder(output, settings, overwrite=overwrite) as folder:
-        windows = folder.kept(CALIBRATION, lambda: {"tokens": pipeline.shown_windows(prepared, calibration, progress)})[
-            "tokens"
-        ]
+        windows = kept_windows(prepared, folder, progress)
         place = (prepared.offload or folder.partial) if prepared.plan.offload else None
         streams = Streams.start(model, windows, calibration.batch, partial(progress, "embed"), place)
         last_states(streams, partial(progress, "original"))
         shown = windows[-verification.WINDOWS :, : verification.LENGTH].to(model.device)
-        with whole(model):
+        with model.whole():
             weights, moved = _trained_parts(prepared, course)
             training = _train(prepared, course, folder, streams, weights, moved, partial(progress, "train"))
             with in_place(model.model, list(weights.values()), moved), _nearest(weights):
@@ -257,7 +255,7 @@ def _check_same(folder: Path, prepared: Prepared, shown: Tensor, expected: Tenso
     decoded = verification.Decoded(folder, prepared.model)
     job, dtype = prepared.job, prepared.model.dtype
     twin = StreamedModel(decoded, device=job.device, dtype=dtype, trust_remote_code=job.trust_remote_code, decoded=True)
-    with whole(twin):
+    with twin.whole():
         for block in range(len(twin.block_names)):
             decoded.fill(twin, block)
         found = twin.model(input_ids=shown, use_cache=False).logits

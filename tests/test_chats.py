@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from llmquant import chats, pipeline, sampling, text
 from llmquant.errors import DataError
 from llmquant.recipe import Recipe
+from llmquant.shown import asked_windows
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{{ eos_token }}"
@@ -189,7 +190,7 @@ def test_a_run_samples_conversations_where_the_tokenizer_has_a_template(
     def windows(length: int = 48) -> torch.Tensor:
         ready = prepared(model, tmp_path / "out", length)
         assert ready.job.calibration is not None
-        return pipeline.shown_windows(ready, ready.job.calibration, pipeline.silent)
+        return asked_windows(ready, ready.job.calibration, pipeline.silent)
 
     letters().save_pretrained(model)
     plain = windows()
