@@ -16,8 +16,8 @@ from torch.nn import functional
 from .weight import DTYPES, Facts, PackedWeight, Prepared
 
 # How codes become levels. TABLE: by a table of them. INTEGER: they are integers, two's complement if `sign` is not 0.
-# FLOAT: sign | exponent | mantissa, times a power of two. TRITS: five digits a byte.
-TABLE, INTEGER, FLOAT, TRITS = range(4)
+# MAGNITUDE: sign | integer. FLOAT: sign | exponent | mantissa, times a power of two. TRITS: five digits a byte.
+TABLE, INTEGER, MAGNITUDE, FLOAT, TRITS = range(5)
 # Rows of x up to which decoding row by row beats decoding in blocks followed by torch's product, float32 and bfloat16.
 ROWS, ROWS_BF16 = 32, 4
 # Weights decoded at a time, for a product of many rows.
@@ -30,17 +30,18 @@ class Encoded(NamedTuple):
     shape: tuple[int, int]
     packed: Tensor  # (out, bytes) uint8
     tail: Tensor  # (bytes,) uint8: the last rows of packed once more, and 16 bytes, for words are read past the end
-    table: Tensor  # (1 or out, 16 or 2**bits) float32; of trits (1, 2048), eight a byte
+    table: Tensor  # (1 or out, 16 or 2**bits) float32, levels repeated up to 16; of trits (1, 2048), eight a byte
     scale: Tensor  # (1 or out, groups * 1, 2 or 4) uint8: the bytes of the scales
     scales: Tensor  # (256 or 65536,) float32: what they stand for, where they have 8 or 16 bits
-    zero: Tensor  # (1 or out, groups) int32
-    outer: Tensor  # (1 or out, 1) float32
-    offset: Tensor  # (1 or out, 1 or groups) float32; -0.0 where there is none
+    zero: Tensor  # (1 or out, groups) float32, or (1, 1), or (0, 0): levels are less the zero already
+    outer: Tensor  # (1 or out, 1) float32, or (0, 0)
+    offset: Tensor  # (1 or out, groups) float32, or (0, 0)
     micro: Tensor  # (out, groups) uint8, or (0, 0)
     bits: int
     group: int
     way: int
     sign: int  # the bit of the sign, if any
+    least: int  # of INTEGER: what is taken from codes whose bit of the sign is turned over
     mantissa: int  # of FLOAT: bits
     exponent: int  # of FLOAT: of the factor
     largest: int  # of FLOAT: the greatest code that is a number, without its sign
@@ -181,10 +182,8 @@ def encode(weight: PackedWeight) -> Encoded:
     rows, columns = weight.shape
     packed = weight.packed.contiguous().view(torch.uint8)
     spared = min(rows, 1 + -(-16 // packed.shape[1]))
-    way, table, numbers = _way(weight)
-    scale = weight.scale.contiguous()
-    zero = weight.zero if isinstance(weight.zero, Tensor) else torch.full((1, weight.groups), weight.zero)
-    offset = torch.full((1, 1), -0.0) if weight.offset is None else weight.offset.float().contiguous()
+    way, table, zero, numbers = _way(weight)
+    scale, none = weight.scale.contiguous(), torch.empty(0, 0)
     return Encoded(
         (rows, columns),
         packed,
@@ -192,10 +191,10 @@ def encode(weight: PackedWeight) -> Encoded:
         table,
         scale.view(torch.uint8),
         _scales(scale.dtype),
-        zero.to(torch.int32).contiguous(),
-        torch.ones(1, 1) if weight.outer is None else weight.outer.float().contiguous(),
-        offset,
-        torch.empty(0, 0, dtype=torch.uint8) if weight.micro is None else weight.micro.contiguous(),
+        zero.float().contiguous() if isinstance(zero, Tensor) else torch.full((1, 1), zero) if zero else none,
+        none if weight.outer is None else weight.outer.float().contiguous(),
+        none if weight.offset is None else weight.offset.float().contiguous(),
+        none.byte() if weight.micro is None else weight.micro.contiguous(),
         weight.bits,
         weight.group,
         way,
@@ -203,27 +202,36 @@ def encode(weight: PackedWeight) -> Encoded:
     )
 
 
-def _way(weight: PackedWeight) -> tuple[int, Tensor, tuple[int, int, int, int]]:
-    """How its codes become levels, the table for it, and sign, mantissa, exponent, largest."""
-    bits, levels = weight.bits, weight.levels
-    none = (0, 0, 0, 0)
+def _way(weight: PackedWeight) -> tuple[int, Tensor, Tensor | int, tuple[int, int, int, int, int]]:
+    """How its codes become levels, the table for it, the zero that these are not less yet, and the last of Encoded."""
+    bits, levels, zero = weight.bits, weight.levels, weight.zero
+    left, taken = (zero, 0) if isinstance(zero, Tensor) else (0, zero)  # by the loop group by group, or beforehand
+    nothing = torch.zeros(1, 1)
     if weight.trits:
         digits = torch.arange(256).unsqueeze(1) // 3 ** torch.arange(8) % 3
-        return TRITS, digits.float().view(1, -1), none
+        return TRITS, digits.float().view(1, -1) - taken, left, (0, 0, 0, 0, 0)
     sign = 2 ** (bits - 1) if weight.signed else 0
     if levels is None and bits > 4:
-        return INTEGER, torch.zeros(1, 1), (sign, 0, 0, 0)
+        return INTEGER, nothing, left, (sign, sign + taken, 0, 0, 0)
     if levels is None:
         codes = torch.arange(2**bits)
         levels = (codes ^ sign) - sign
+    elif bits > 4 and levels.dim() == 1 and _are_magnitudes(levels.float(), bits):
+        return MAGNITUDE, nothing, zero, (0, 0, 0, 0, 0)
     elif bits > 4 and levels.dim() == 1 and (found := as_floats(levels.float(), bits)):
-        return FLOAT, torch.zeros(1, 1), found
-    table = levels.float().view(-1, 2**bits)
-    return TABLE, functional.pad(table, (0, max(0, 16 - 2**bits))).contiguous(), none
+        return FLOAT, nothing, zero, found
+    table = levels.float().view(-1, 2**bits) - taken
+    return TABLE, table.repeat_interleave(max(1, 16 // 2**bits), dim=1).contiguous(), left, (0, 0, 0, 0, 0)
 
 
-def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int] | None:
-    """The sign's bit, bits of the mantissa, exponent of a factor and the largest number that levels (2**bits,) are.
+def _are_magnitudes(levels: Tensor, bits: int) -> bool:
+    """Whether codes are a sign | an integer; zero has no sign."""
+    sizes = torch.arange(2.0 ** (bits - 1))
+    return torch.equal(levels.view(torch.int32), torch.cat((sizes, 0 - sizes)).view(torch.int32))
+
+
+def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int, int] | None:
+    """The sign's bit, 0, bits of the mantissa, exponent of a factor and the largest number that levels (2**bits,) are.
 
     The codes are sign | exponent | mantissa, with subnormal numbers and NaN beyond the largest; of five bits of
     exponent the highest is for Inf. None where levels are nothing of the kind.
@@ -245,7 +253,7 @@ def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int] | None:
         if torch.equal(expected.nan_to_num(7e30), levels.nan_to_num(7e30)) and torch.equal(
             expected.signbit() & ~expected.isnan(), levels.signbit() & ~levels.isnan()
         ):
-            return sign, mantissa, exponent, largest
+            return sign, 0, mantissa, exponent, largest
     return None
 
 
