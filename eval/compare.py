@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from llmquant import chats, matrices, metrics, text
+from llmquant import chats, matrices, metrics, sampling, text
 from llmquant.errors import DataError, LlmquantError
 from llmquant.recipe import QUALITIES
 
@@ -189,7 +189,7 @@ class Setting:
         if not count:
             return torch.empty(0, length, dtype=torch.int64)
         if shown.source == "self":
-            return text.sample_windows(
+            return sampling.sample_windows(
                 self.reference,
                 bos_token_id=self.reference.config.get_text_config().bos_token_id,
                 count=count,

@@ -24,7 +24,8 @@ from transformers.utils import logging
 import llmquant  # noqa: F401  so that transformers loads its folders
 from llmquant.checkpoint import locate
 from llmquant.errors import LlmquantError, PlanError
-from llmquant.text import cache_word, evaluating
+from llmquant.sampling import cache_word
+from llmquant.text import evaluating
 
 PHASES = ("prefill", "decode")
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from llmquant.errors import NonFiniteInput, PlanError
 from llmquant.formats.clipping import HISTOGRAM_BINS, coarsening_divergence
+from llmquant.hooks import hooked
 from llmquant.linear import QuantExperts, QuantLinear
 
 OBSERVERS = ("minmax", "percentile", "mse", "kl")
@@ -141,11 +142,8 @@ def rounded(model: nn.Module, activations: Activations, windows: Tensor | None =
             raise NonFiniteInput(f"{name}: {error}") from None
 
     handles = [layer.register_forward_pre_hook(partial(feed, name)) for name, layer in layers.items()]
-    try:
+    with hooked(*handles):
         yield len(layers)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _clipped(scale: float, top: int, x: Tensor) -> Tensor:
@@ -172,10 +170,7 @@ def thresholds(
 
     for see in (reach,) if activations.observer == "minmax" else (reach, count):
         handles = [layer.register_forward_pre_hook(partial(see, name)) for name, layer in layers.items()]
-        try:
+        with hooked(*handles):
             for window in windows.split(1):
                 model(input_ids=window.to(next(model.parameters()).device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
     return {name: activations.threshold(counts[name], largest[name]) for name in layers}

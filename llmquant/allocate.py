@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from llmquant import estimate, formats
+from llmquant import estimate, formats, trial
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError
@@ -36,7 +37,6 @@ from llmquant.sensitivity import (
     measured,
     measured_in_context,
     sizes,
-    streamed_divergence,
 )
 
 TOKENS, LENGTH = 2048, 256  # on which costs are found out, and how many at a time: attention over more is slow
@@ -316,8 +316,8 @@ def _by_estimate(
     )
 
     def divergence(picks: tuple[int, ...]) -> float:
-        chosen = [part.options[pick] for part, pick in zip(sets, picks, strict=True)]
-        return streamed_divergence(model, windows, batch, chosen, progress)
+        chosen = [row for part, pick in zip(sets, picks, strict=True) for row in part.options[pick]]
+        return trial.divergence(model, chosen, windows, batch, partial(progress, "measure"))
 
     search = Search(prepared.plan, rows, budget, sizes(sets), divergence)
     best = search.best(costs)

@@ -70,12 +70,8 @@ def of_block(folder: Path) -> Iterator[tuple[str, str, PackedWeight]]:
         if block != first:
             continue
         fmt, shape = formats.get(tensor["format"]), (tensor["shape"][0], tensor["shape"][1])
-        base = tensor["key"].removesuffix("weight")
-        stored = checkpoint.tensors([base + suffix for suffix in fmt.layout(shape)])
-        named = {
-            name.removeprefix(base): value if tensor.get("expert") is None else value[0]
-            for name, value in stored.items()
-        }
+        stored = checkpoint.tensors(list(fmt.pieces(tensor["key"], shape)))
+        named = fmt.named(stored, tensor["key"], shape, tensor.get("expert"))
         yield tensor["name"], tensor["format"], fmt.packed_weight(named, shape)
 
 

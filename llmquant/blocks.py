@@ -13,19 +13,14 @@ and merging that `from_pretrained` does is done here too, and that a model trans
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -34,36 +29,19 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.logging import set_tqdm_hook
 
-from llmquant.checkpoint import check_config, read_json
+from llmquant.checkpoint import TensorSource
 from llmquant.errors import CheckpointError, PlanError
 from llmquant.experts import layouts, packed_name
-from llmquant.matrices import Target, all_blocks, class_named, decoder_blocks, experts_of, target_of, text_config
+from llmquant.matrices import Target, all_blocks, decoder_blocks, experts_of, routers, target_of, text_config
+from llmquant.skeleton import is_causal, read_config, skeleton, stored_dtype
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments with which a block is called, (args, kwargs), without the hidden states that come first."""
 
 Answer = Callable[[int, Tensor, Call], Tensor]
 """What a stand-in returns for (block, hidden states, call)."""
-
-
-class TensorSource(Protocol):
-    """What is asked of a checkpoint: a folder with a config.json, and tensors that are read only when sliced."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    def names(self) -> list[str]:
-        """The names of all tensors, in the checkpoint's order."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def slices(self, names: list[str]) -> AbstractContextManager[Mapping[str, Any]]:
-        """{name: safetensors slice}: opened without reading data, closed at the end of the context."""
 
 
 class StreamedModel:
@@ -95,12 +73,12 @@ class StreamedModel:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        config = _read_config(checkpoint, trust_remote_code, decoded)
+        config = read_config(checkpoint, trust_remote_code, decoded)
         if untied:
             config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
-        self.causal = _is_causal(config)
-        self.dtype = dtype or _stored_dtype(checkpoint, config)
-        self.model = _skeleton(config, self.dtype, trust_remote_code)
+        self.causal = is_causal(config)
+        self.dtype = dtype or stored_dtype(checkpoint, config)
+        self.model = skeleton(config, self.dtype, trust_remote_code)
         self.config = self.model.config
         for module in self.model.modules():  # the buffers that are computed, such as rotary frequencies, are real
             for name, buffer in module._buffers.items():
@@ -127,12 +105,17 @@ class StreamedModel:
 
     # ---------------------------------------------------------------------------------------- what there is
 
+    @property
+    def places(self) -> list[int | None]:
+        """Every block, and then what lies outside them."""
+        return [*range(len(self.block_names)), None]
+
     def targets(self, block: int | None) -> dict[str, Target]:
         """The matrices of a block that can be quantized, by their names in memory, in the modules' order.
 
         Convolutions count where the model is only read: nothing calibrates them. Shared weights never do.
         """
-        excluded = self._router_parameters(block) | self._tied
+        excluded = self._routers(block) | self._tied
         found: list[Target] = []
         for name, module in self._parts(block):
             linear = target_of(name, module)
@@ -167,7 +150,7 @@ class StreamedModel:
 
         Nothing quantizes them: they stay dense.
         """
-        handled = {target.parameter for target in self.targets(block).values()} | self._router_parameters(block)
+        handled = {target.parameter for target in self.targets(block).values()} | self._routers(block)
         parameters = self._blocks[block].named_parameters(self.block_names[block])
         return [name for name, value in parameters if value.ndim >= 2 and name not in handled]
 
@@ -233,6 +216,29 @@ class StreamedModel:
     def unload_block(self, block: int) -> None:
         """Free one block: its parameters go back to the meta device, so nothing written to them remains."""
         self._send_to_meta(block)
+
+    @contextmanager
+    def loaded(self, block: int | None) -> Iterator[None]:
+        """A block in memory, or what lies outside the blocks, until the context ends."""
+        if block is None:
+            self.load_outside()
+        else:
+            self.load_block(block)
+        try:
+            yield
+        finally:
+            if block is None:
+                self.unload_outside()
+            else:
+                self.unload_block(block)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All of the model in memory."""
+        with ExitStack() as held:
+            for block in (None, *range(len(self._blocks))):
+                held.enter_context(self.loaded(block))
+            yield
 
     # ---------------------------------------------------------------------------------------- running
 
@@ -415,6 +421,12 @@ class StreamedModel:
             inside = {module for block in self._blocks for module in block.modules()}
             yield from ((name, module) for name, module in self.model.named_modules() if module not in inside)
 
+    def _routers(self, block: int | None) -> set[str]:
+        """The parameters of a block that choose experts."""
+        if block is None:
+            return set()
+        return routers(self.block_names[block], self._blocks[block], self.config, self._layouts)
+
     def _finish(self, block: int | None) -> None:
         """Freeze what was loaded, and see that nothing is left without data."""
         empty = []
@@ -451,27 +463,6 @@ class StreamedModel:
             ends |= {order[i].name: "it is the first or the last of a model without blocks" for i in (0, -1) if order}
         return {**ends, **reserved}
 
-    def _router_parameters(self, block: int | None) -> set[str]:
-        """The parameters of a block with one row an expert, or one row for all, in a module that holds the experts."""
-        if block is None:
-            return set()
-        name, module = self.block_names[block], self._blocks[block]
-        config, counts = text_config(self.config), ("num_experts", "num_local_experts", "n_routed_experts")
-        experts = {number for count in counts if (number := getattr(config, count, None)) is not None}
-        experts |= {len(value) for inner, value in module.named_parameters(name) if inner in self._layouts}
-        holders = {
-            inner
-            for inner, part in module.named_modules(prefix=name)
-            if part is not module and any(_holds_experts(child, experts) for child in part.modules())
-        }
-        return {
-            inner
-            for inner, value in module.named_parameters(name)
-            if value.ndim == 2
-            and len(value) in {1, *experts}
-            and any(inner.startswith(f"{holder}.") for holder in holders)
-        }
-
 
 class _StandIn(nn.Module):
     """Takes the place of a block: passes its calls on, and shows the block's attributes, which some models read."""
@@ -489,91 +480,6 @@ class _StandIn(nn.Module):
             return self._answer(args[0], (args[1:], kwargs))
         hidden = kwargs.pop("hidden_states")
         return self._answer(hidden, ((), kwargs))
-
-
-def _read_config(checkpoint: TensorSource, trust_remote_code: bool, decoded: bool) -> PretrainedConfig:
-    """The config of a model that is not quantized yet, or whose tensors are decoded when they are read."""
-    folder = checkpoint.folder
-    stored = read_json(folder / "config.json")
-    check_config(stored, folder, [math.prod(checkpoint.shape(name)) for name in checkpoint.names()])
-    name = stored.get("model_type")
-    own_code = "auto_map" in stored
-    if name not in CONFIG_MAPPING and not (own_code and trust_remote_code):
-        advice = "it brings its own code: allow remote code if you trust it" if own_code else "upgrade transformers"
-        raise PlanError(f"{folder}: transformers {transformers.__version__} does not know {name!r} models; {advice}")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the config class raises, the file is at fault
-        raise CheckpointError(f"{folder}: config.json is no valid {name!r} config: {error}") from error
-    if (quantization := stored.get("quantization_config")) is not None and decoded:
-        del config.quantization_config
-    elif quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise PlanError(f"{folder} is quantized already ({method}); start from the original checkpoint")
-    return config
-
-
-def _is_causal(config: PretrainedConfig) -> bool:
-    """Whether it is a causal language model, or has one as a part: so is the class that the config names, or none is
-    named, or it is unknown here.
-
-    Raises PlanError where no class is named and the kind of model has others.
-    """
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    causal = not encoder and not getattr(config, "is_encoder_decoder", False)
-    named = class_named(config.architectures)
-    if named is not None:
-        own = named.__name__ == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-        return causal and (own or _has_language_part(named, config))
-    if not causal:
-        raise PlanError(
-            f"{config.model_type!r} is not a causal language model, and config.json does not say what it is: name its "
-            'class in "architectures"'
-        )
-    return True
-
-
-def _has_language_part(kind: type[PreTrainedModel], config: PretrainedConfig) -> bool:
-    """Whether a model writes text after what else it reads: images, say. Its blocks are those of its language part."""
-    text = text_config(config)
-    return text is not config and kind.can_generate() and not getattr(text, "is_encoder_decoder", False)
-
-
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without data: parameters on the meta device, computed buffers real."""
-    # The attention implementation is left to the model: forcing one changes the results of some.
-    named = class_named(config.architectures)
-    try:
-        with init_empty_weights(include_buffers=False):
-            if named is None:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            else:
-                model = named._from_config(config, dtype=dtype)
-    except Exception as error:  # of a config that its class takes and the model does not
-        kind = "causal language model" if named is None else named.__name__
-        raise PlanError(f"no {kind} can be built for {config.model_type!r}: {error}") from error
-    return model.eval()
-
-
-def _stored_dtype(checkpoint: TensorSource, config: PretrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise CheckpointError(f"{checkpoint.folder}: config.json: {dtype} is no type that a model computes in")
-    if dtype is not None:
-        return dtype
-    for name in checkpoint.names():
-        if checkpoint.dtype(name).is_floating_point:
-            return checkpoint.dtype(name)
-    raise CheckpointError(f"{checkpoint.folder} holds no floating tensor")
-
-
-def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
-    """Whether a module is a list of experts, or holds them as 3-D parameters."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return len(module) in counts
-    return any(value.ndim == 3 and len(value) in counts for value in module.parameters(recurse=False))
 
 
 @contextmanager

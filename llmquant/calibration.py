@@ -7,7 +7,6 @@ each linear is calibrated on the inputs it will really get. Only one block is in
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,14 @@ from torch import Tensor, nn
 from llmquant.blocks import Call, StreamedModel
 from llmquant.errors import DataError
 from llmquant.experts import Watch
+from llmquant.hooks import SeenEnough, hooked
 from llmquant.matrices import Target
 from llmquant.offload import room
 from llmquant.phases import phase
 from llmquant.ranks import SINGLE, Parcel, Ranks
+from llmquant.stages import BLOCK_INPUT, Discovery, Stage
 from llmquant.stats import EXPERT_BYTES, HELD, Stats, energy
+from llmquant.swap import WeightSwap
 
 FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
@@ -69,16 +71,15 @@ class Streams:
         numbers, summed = torch.arange(len(windows)), summed_windows(len(windows))
         batches = [*numbers[:summed].split(batch), *(numbers[summed:].split(batch) if summed < len(windows) else ())]
         streams = cls(model, [], [], [], [], [], batches, -(-summed // batch), windows.shape, ranks)
-        model.load_outside()
-        for numbers in streams.numbers():
-            tokens = windows[numbers]
-            streams.held.append(int(numbers[0]) >= summed)
-            streams.tokens.append(tokens)
-            hidden, calls = model.embed(tokens.to(model.device))
-            streams.reference.append(hidden if offload is None else _written(hidden, offload))
-            streams.calls.append(streams._shared(calls))
-            progress(int(numbers[-1]) + 1, len(windows))
-        model.unload_outside()
+        with model.loaded(None):
+            for numbers in streams.numbers():
+                tokens = windows[numbers]
+                streams.held.append(int(numbers[0]) >= summed)
+                streams.tokens.append(tokens)
+                hidden, calls = model.embed(tokens.to(model.device))
+                streams.reference.append(hidden if offload is None else _written(hidden, offload))
+                streams.calls.append(streams._shared(calls))
+                progress(int(numbers[-1]) + 1, len(windows))
         # Both streams enter the first block alike.
         streams.quantized = [hidden if offload is None else _written(hidden, offload) for hidden in streams.reference]
         streams._in_place = offload is not None
@@ -158,11 +159,8 @@ class Streams:
             watched = [self.model.module(stage.targets[0]) for stage in stages.values()]
             watched += [stage.carrier for stage in stages.values() if isinstance(stage.carrier, nn.Module)]
             handles = [module.register_forward_pre_hook(note) for module in watched]
-            try:
+            with hooked(*handles):
                 seen.outputs[i] = self.model.run_block(block, hidden, calls[block])
-            finally:
-                for handle in handles:
-                    handle.remove()
             for key, stage in stages.items():
                 own = hidden if stage.carrier == BLOCK_INPUT else None
                 carried = inputs.get(stage.carrier) if isinstance(stage.carrier, nn.Module) else own
@@ -170,6 +168,23 @@ class Streams:
             if seen.nbytes() * len(self.calls) > SEEN_BYTES * (i + 1):
                 self._seen = Seen(block)
                 return
+
+    @phase("forward")
+    def stages(self, block: int) -> list[Stage]:
+        """The block's targets in the order in which they are called, those that share one input tensor together.
+
+        Where a batch does not reach all targets, others follow; targets that none reaches are left out.
+        """
+        run = Discovery(self.model, block)
+        for index in range(len(self.batches)):
+            batch, process = divmod(index, self.ranks.count)
+            if mine := process == self.ranks.rank:
+                run.batch(self.reference[batch].to(self.model.device), self.calls[batch][block])
+            told = self.ranks.sent(process, Parcel([run.named(stage) for stage in run.found] if mine else None))
+            run.found = [run.stage(*named) for named in told.facts]
+            if not run.missing:
+                break
+        return run.found
 
     def _seen_of(self, block: int) -> Seen:
         if self._seen is None or self._seen.block != block:
@@ -229,7 +244,7 @@ class Streams:
 
         def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
             found.append(args[0])
-            raise _SeenEnough
+            raise SeenEnough
 
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             carried.append(args[0])
@@ -237,13 +252,8 @@ class Streams:
         handles = [self.model.module(stage.targets[0]).register_forward_pre_hook(catch)]
         if isinstance(stage.carrier, nn.Module):
             handles.append(stage.carrier.register_forward_pre_hook(note))
-        try:
+        with hooked(*handles):
             self.model.run_block(block, hidden, call)
-        except _SeenEnough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return next(iter(found), None), next(iter(carried), None)
 
     @phase("forward")
@@ -258,16 +268,11 @@ class Streams:
 
             def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
                 found.append(args[0])
-                raise _SeenEnough
+                raise SeenEnough
 
             for stream in (self.reference, self.quantized):
-                handle = self.model.module(target).register_forward_pre_hook(catch)
-                try:
+                with hooked(self.model.module(target).register_forward_pre_hook(catch)):
                     self.model.logits(self.tokens[i], stream[i].to(self.model.device))
-                except _SeenEnough:
-                    pass
-                finally:
-                    handle.remove()
             return Parcel(None, dict(zip(("x_ref", "x"), found, strict=True)) if len(found) == 2 else {})
 
         stats = self._empty(target)
@@ -345,7 +350,7 @@ class Streams:
             return (), {**then_kwargs, hidden: kwargs[hidden]}
 
         def enough(*_: Any) -> None:
-            raise _SeenEnough
+            raise SeenEnough
 
         def run(stream: list[Tensor], before: Any) -> dict[int, Tensor]:
             found: dict[int, Tensor] = {}
@@ -357,14 +362,8 @@ class Streams:
                 holder.register_forward_pre_hook(before, with_kwargs=True),
                 holder.register_forward_hook(enough),
             ]
-            try:
-                with Watch({"": holder.get_parameter(leaf)}, seen):
-                    self._run(block, stream[i], self.calls[i])
-            except _SeenEnough:
-                pass
-            finally:
-                for handle in handles:
-                    handle.remove()
+            with hooked(*handles), Watch({"": holder.get_parameter(leaf)}, seen):
+                self._run(block, stream[i], self.calls[i])
             return found
 
         found = run(self.quantized, remember)
@@ -381,15 +380,10 @@ class Streams:
 
         def catch(_: nn.Module, __: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple | list) else output)
-            raise _SeenEnough
+            raise SeenEnough
 
-        handle = self.model.model.get_submodule(name).register_forward_hook(catch)
-        try:
+        with hooked(self.model.model.get_submodule(name).register_forward_hook(catch)):
             self.model.run_block(block, hidden.to(self.model.device), call)
-        except _SeenEnough:
-            pass
-        finally:
-            handle.remove()
         return found[0]
 
     @phase("forward")
@@ -485,10 +479,6 @@ class Seen:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-class _SeenEnough(Exception):
-    """Ends a block's forward pass once the wanted input was seen."""
-
-
 def _nbytes(tokens: dict[int, list[tuple[bool, dict[str, Tensor]]]]) -> int:
     return sum(x.nbytes for pieces in tokens.values() for _, found in pieces for x in found.values())
 
@@ -500,170 +490,6 @@ def _in_metric(error: Tensor, curvature: Tensor | None) -> float:
     count, width, _ = curvature.shape
     parts = nn.functional.pad(error, (0, count * width - error.shape[1])).unflatten(1, (count, width)).transpose(0, 1)
     return float(((parts @ curvature.to(error.device)) * parts).sum(dtype=torch.float64))
-
-
-BLOCK_INPUT = "block input"
-
-
-@dataclass
-class Stage:
-    """Targets that share one input tensor, or the experts of one parameter.
-
-    carrier: what holds the residual stream that the output of the only target is added to: a module whose input it is,
-    or the block's own input; None where the output is not simply added to one.
-    scale: (in,), by which the input of the quantized stream is divided; None: by nothing.
-    """
-
-    targets: list[Target]
-    carrier: nn.Module | str | None = None
-    scale: Tensor | None = None
-
-
-@phase("forward")
-def stages(model: StreamedModel, block: int, streams: Streams) -> list[Stage]:
-    """The block's targets in the order in which they are called, those that share one input tensor together.
-
-    Found by running a batch and comparing tensors: no table of architectures. Where it does not reach all targets,
-    others follow; targets that none reaches are left out.
-    """
-    every = model.targets(block).values()
-    modules = {model.module(target): target for target in every if target.expert is None}
-    stacks: dict[str, list[Target]] = {}
-    for target in every:
-        if target.expert is not None:
-            stacks.setdefault(target.parameter, []).append(target)
-    run = _Discovery(model, block, modules, stacks)
-    for index in range(len(streams.batches)):
-        batch, process = divmod(index, streams.ranks.count)
-        if mine := process == streams.ranks.rank:
-            run.batch(streams.reference[batch].to(model.device), streams.calls[batch][block])
-        found = streams.ranks.sent(process, Parcel([run.named(stage) for stage in run.found] if mine else None))
-        run.found = [run.stage(*named) for named in found.facts]
-        if not run.missing:
-            break
-    return run.found
-
-
-class _Discovery:
-    """The stages of a block that some batches reach."""
-
-    def __init__(
-        self, model: StreamedModel, block: int, modules: dict[nn.Module, Target], stacks: dict[str, list[Target]]
-    ) -> None:
-        self.model, self.block, self.modules, self.stacks = model, block, modules, stacks
-        self.found: list[Stage] = []
-        self.targets = model.targets(block)
-
-    @property
-    def missing(self) -> int:
-        """How many linears, and parameters with experts, no stage has yet."""
-        reached = {target.parameter for stage in self.found for target in stage.targets}
-        return len(self.modules) + len(self.stacks) - len(reached)
-
-    def named(self, stage: Stage) -> tuple[list[str], str | None]:
-        """A stage in words that every process understands: its targets, and what carries its residual stream."""
-        names = {module: name for name, module in self.model.model.named_modules()}
-        carrier = names[stage.carrier] if isinstance(stage.carrier, nn.Module) else stage.carrier
-        return [target.name for target in stage.targets], carrier
-
-    def stage(self, targets: list[str], carrier: str | None) -> Stage:
-        """The stage that was named so."""
-        parts = [self.targets[name] for name in targets]
-        known = carrier is None or carrier == BLOCK_INPUT
-        return Stage(parts, carrier if known else self.model.model.get_submodule(str(carrier)))
-
-    def batch(self, hidden: Tensor, call: Call) -> None:
-        """Run a batch, and add the stages that none before reached."""
-        known = {target.name for stage in self.found for target in stage.targets}
-        stacks = {name: targets for name, targets in self.stacks.items() if targets[0].name not in known}
-        new: list[tuple[Tensor, Stage]] = []
-        outputs: dict[str, Tensor] = {}
-        inputs: list[tuple[nn.Module, Tensor]] = []  # of any module, those that look like hidden states
-
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].shape == hidden.shape:
-                inputs.append((module, args[0]))
-            if module not in self.modules or self.modules[module].name in known:
-                return
-            stage = next((stage for tensor, stage in new if tensor is args[0]), None)
-            if stage is None:
-                new.append((args[0], Stage([self.modules[module]])))
-            else:
-                stage.targets.append(self.modules[module])
-
-        def leave(module: nn.Module, _: Any, output: Tensor) -> None:
-            if output.shape == hidden.shape:
-                outputs[self.modules[module].name] = output
-
-        def multiplied(name: str, expert: int | None, transposed: bool, x: Tensor, y: Tensor) -> None:
-            if name in stacks:
-                new.append((x, Stage(stacks.pop(name))))
-
-        parts = self.model.model.get_submodule(self.model.block_names[self.block]).modules()
-        handles = [part.register_forward_pre_hook(enter) for part in parts]
-        handles += [module.register_forward_hook(leave) for module in self.modules]
-        parameters = {name: self.model.model.get_parameter(name) for name in stacks}
-        try:
-            with Watch(parameters, multiplied):
-                result = self.model.run_block(self.block, hidden, call)
-        finally:
-            for handle in handles:
-                handle.remove()
-        stages = [stage for _, stage in new]
-        _find_carriers(stages, outputs, hidden, inputs, result)
-        self.found += stages
-
-
-def _find_carriers(
-    stages: list[Stage],
-    outputs: dict[str, Tensor],
-    hidden: Tensor,
-    inputs: list[tuple[nn.Module, Tensor]],
-    result: Tensor,
-) -> None:
-    """A target's output is added to a residual stream if their sum, to the last bit, is a tensor seen later on."""
-    streams: list[tuple[nn.Module | str, Tensor]] = [(BLOCK_INPUT, hidden)]
-    for stage in stages:
-        output = outputs.get(stage.targets[0].name)
-        if output is None or len(stage.targets) > 1:
-            continue
-        for carrier, stream in reversed(streams):
-            total = stream + output
-            if torch.equal(total, result):
-                stage.carrier = carrier
-            later = next((module for module, tensor in inputs if torch.equal(tensor, total)), None)
-            if later is not None:
-                stage.carrier = carrier
-                streams.append((later, total))
-            if stage.carrier is not None:
-                break
-
-
-@dataclass
-class WeightSwap:
-    """The original and the quantized weights of one block, either of which can be in place."""
-
-    pairs: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=dict)
-
-    def replace(self, name: str, parameter: nn.Parameter, quantized: Tensor, expert: int | None = None) -> None:
-        """Put `quantized` (of the parameter's type) in place of the parameter's data, or of one of its experts."""
-        original = self.pairs[name][1] if name in self.pairs else parameter.data
-        if expert is not None:
-            changed = self.pairs[name][2] if name in self.pairs else original.clone()
-            changed[expert] = quantized
-            quantized = changed
-        self.pairs[name] = (parameter, original, quantized)
-        parameter.data = quantized
-
-    @contextmanager
-    def original(self) -> Iterator[None]:
-        for parameter, original, _ in self.pairs.values():
-            parameter.data = original
-        try:
-            yield
-        finally:
-            for parameter, _, quantized in self.pairs.values():
-                parameter.data = quantized
 
 
 def _equal(a: Any, b: Any) -> bool:

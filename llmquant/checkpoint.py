@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +58,23 @@ def locate(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{model}: neither a folder here nor a model that the hub gives: {reason}") from None
+
+
+class TensorSource(Protocol):
+    """What is asked of a checkpoint: a folder with a config.json, and tensors that are read only when sliced."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def names(self) -> list[str]:
+        """The names of all tensors, in the checkpoint's order."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def slices(self, names: list[str]) -> AbstractContextManager[Mapping[str, Any]]:
+        """{name: safetensors slice}: opened without reading data, closed at the end of the context."""
 
 
 class Checkpoint:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from llmquant.blocks import Call, StreamedModel
 from llmquant.calibration import Streams
 from llmquant.errors import PlanError
 from llmquant.experts import Watch
+from llmquant.hooks import hooked
 from llmquant.offload import room
 from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stats import finite_rows
@@ -88,7 +88,7 @@ def curvature(
     try:
         states, calls = _room(streams, spill, memory)
         for index in range(depth):
-            with _loaded(model, index):
+            with model.loaded(index):
                 _forward(model, index, states[index], states[index + 1], calls[index])
             progress(index + 1, 2 * depth)
     except PlanError as error:
@@ -103,7 +103,7 @@ def curvature(
         targets = model.targets(index).values()
         sizes = {target.name: target.shape[0] for target in targets} | {model.block_names[index]: width}
         sums = {name: _Sum(size, block, full_limit, model.device) for name, size in sizes.items()}
-        with _loaded(model, index):
+        with model.loaded(index):
             _backward(streams, index, states[index], states[index + 1], calls[index], sums)
         found = {**{name: total.mean() for name, total in sums.items() if total.tokens}, **found}
         progress(2 * depth - index, 2 * depth)
@@ -150,15 +150,6 @@ def _room(streams: Streams, spill: Path | None, memory: int) -> tuple[list[tuple
     return states, [[of_batch[index] for of_batch in streams.calls] for index in range(depth)]
 
 
-@contextmanager
-def _loaded(model: StreamedModel, block: int) -> Iterator[None]:
-    model.load_block(block)
-    try:
-        yield
-    finally:
-        model.unload_block(block)
-
-
 def _forward(
     model: StreamedModel, index: int, before: tuple[Tensor, ...], after: tuple[Tensor, ...], calls: list[Call]
 ) -> None:
@@ -191,17 +182,16 @@ def _head(streams: Streams, states: tuple[Tensor, ...], seed: int) -> None:
     length = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
     batches = zip(streams.tokens, states, (draws[numbers] for numbers in streams.numbers()), strict=True)
     single = [window for parts in batches for window in zip(*(part.split(1) for part in parts), strict=True)]
-    model.load_outside()
-    for window in single:
-        for tokens, hidden, draw in zip(*(part.split(length, dim=1) for part in window), strict=True):
-            with torch.enable_grad():
-                leaf = hidden.to(model.device).detach().requires_grad_()
-                logits = model.logits(tokens, leaf).float()
-                labels = _sample(logits.detach(), draw.to(model.device))
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-                (gradient,) = torch.autograd.grad(LOSS_SCALE * loss, leaf)
-            hidden.copy_(gradient)
-    model.unload_outside()
+    with model.loaded(None):
+        for window in single:
+            for tokens, hidden, draw in zip(*(part.split(length, dim=1) for part in window), strict=True):
+                with torch.enable_grad():
+                    leaf = hidden.to(model.device).detach().requires_grad_()
+                    logits = model.logits(tokens, leaf).float()
+                    labels = _sample(logits.detach(), draw.to(model.device))
+                    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                    (gradient,) = torch.autograd.grad(LOSS_SCALE * loss, leaf)
+                hidden.copy_(gradient)
 
 
 def _sample(logits: Tensor, draws: Tensor) -> Tensor:
@@ -251,13 +241,10 @@ def _backward(
         counts = {name: (part.tokens, part.dropped) for name, part in seen.items()}
         return Parcel(counts, {name: part.blocks for name, part in seen.items()})
 
-    try:
+    with hooked(*handles):
         for _, parcel in streams.in_order(piece):
             for name, blocks in parcel.tensors.items():
                 sums[name].include(blocks, *parcel.facts[name])
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _watch(sums: dict[str, _Sum], name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

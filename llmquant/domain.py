@@ -35,27 +35,25 @@ def excess(
     are left out. Raises DataError where all of them are such.
     """
     shown = windows[torch.linspace(0, len(windows) - 1, min(len(windows), -(-TOKENS // windows.shape[1]))).long()]
-    model.load_outside()
-    entered = [(tokens, *model.embed(tokens.to(model.device))) for tokens in shown.split(batch)]
-    model.unload_outside()
+    with model.loaded(None):
+        entered = [(tokens, *model.embed(tokens.to(model.device))) for tokens in shown.split(batch)]
     states = [hidden for _, hidden, _ in entered]
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        states = [
-            model.run_block(block, hidden, calls[block]) for hidden, (_, _, calls) in zip(states, entered, strict=True)
-        ]
-        model.unload_block(block)
+        with model.loaded(block):
+            states = [
+                model.run_block(block, hidden, calls[block])
+                for hidden, (_, _, calls) in zip(states, entered, strict=True)
+            ]
         progress(block + 1, len(model.block_names))
     length = max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size))
     found: list[Tensor] = []
-    model.load_outside()
-    for (tokens, _, _), hidden in zip(entered, states, strict=True):
-        for row, of_row in zip(tokens.split(1), hidden.split(1), strict=True):
-            # What comes after the blocks treats each token by itself, so it can run on any piece of a window.
-            pieces = (row[:, :-1], of_row[:, :-1], row[0, 1:].to(model.device)[None])
-            for ids, piece, true in zip(*(part.split(length, dim=1) for part in pieces), strict=True):
-                found.append(_excess(model.logits(ids, piece)[0].float(), true[0]))
-    model.unload_outside()
+    with model.loaded(None):
+        for (tokens, _, _), hidden in zip(entered, states, strict=True):
+            for row, of_row in zip(tokens.split(1), hidden.split(1), strict=True):
+                # What comes after the blocks treats each token by itself, so it can run on any piece of a window.
+                pieces = (row[:, :-1], of_row[:, :-1], row[0, 1:].to(model.device)[None])
+                for ids, piece, true in zip(*(part.split(length, dim=1) for part in pieces), strict=True):
+                    found.append(_excess(model.logits(ids, piece)[0].float(), true[0]))
     each = torch.cat(found)
     finite = each[each.isfinite()]
     if not len(finite):

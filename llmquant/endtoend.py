@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,12 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmquant import teacher, tune
-from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.estimate import Row
 from llmquant.job import Prepared, Progress
 from llmquant.output import CALIBRATION, LEAN, OutputFolder
-from llmquant.saving import matrices, moved_vectors, save_block, written
+from llmquant.saving import matrices, moved_vectors, part_of, save_block, written
 from llmquant.solvers import Solution
 from llmquant.solving import Result
 from llmquant.stats import energy, ratio
@@ -31,19 +29,17 @@ def tune_all(
     wanted: of every window what leaves the last block in the reference, (length, hidden). One process does all of it.
     """
     model, job = prepared.model, prepared.job
-    places = [*range(len(model.block_names)), None]
-    parts = range(len(places), 2 * len(places))
-    if not all(part in folder.records for part in parts):
+    if not all(part_of(model, block, anew=True) in folder.records for block in model.places):
         windows = load_file(folder.partial / CALIBRATION)["tokens"]
         means, vectors = prepared.plan.tuning, model.vectors()
         assert means is not None
-        with whole(model):
-            for block in places[:-1]:
-                for _, parameter, value in moved_vectors(prepared, written(folder, block)):
+        with model.whole():
+            for index in range(len(model.block_names)):
+                for _, parameter, value in moved_vectors(prepared, written(folder, index)):
                     parameter.data = value
             tuned = tune.tune(
                 model,
-                [matrix for block in places for matrix in _leaning(prepared, folder, block)],
+                [matrix for block in model.places for matrix in _leaning(prepared, folder, block)],
                 {name: prepared.checkpoint.dtype(key) for name, key in vectors.items()},
                 windows,
                 teacher.All(model, windows, wanted),
@@ -60,13 +56,11 @@ def tune_all(
                 return {"tuning": noted}
             found = {matrix.target.name: matrix for matrix in tuned.matrices}
             changed = {vectors[name]: vector for name, vector in tuned.vectors.items()}
-            for part, block in zip(parts, places, strict=True):
-                name = f"tuned-{part - len(places) + 1:05d}-of-{len(places):05d}.safetensors"
-                results = [
-                    _tuned(prepared, folder, row, found[row.target.name]) for row in prepared.plan.of_block(block)
-                ]
-                save_block(prepared, folder, block, name, results, part=part, changed=changed, noted={"tuning": noted})
-    return {"tuning": folder.records[parts[0]]["tuning"]}
+            for block in model.places:
+                rows = prepared.plan.of_block(block)
+                results = [_tuned(prepared, folder, row, found[row.target.name]) for row in rows]
+                save_block(prepared, folder, block, results, anew=True, changed=changed, noted={"tuning": noted})
+    return {"tuning": folder.records[part_of(model, 0, anew=True)]["tuning"]}
 
 
 def keep_lean(folder: OutputFolder, block: int, results: list[Result]) -> None:
@@ -77,24 +71,11 @@ def keep_lean(folder: OutputFolder, block: int, results: list[Result]) -> None:
         folder.kept(LEAN.format(block), lambda: tensors)
 
 
-@contextmanager
-def whole(model: StreamedModel) -> Iterator[None]:
-    """The whole model in memory."""
-    blocks = range(len(model.block_names))
-    model.load_outside()
-    for block in blocks:
-        model.load_block(block)
-    yield
-    for block in blocks:
-        model.unload_block(block)
-    model.unload_outside()
-
-
 def _leaning(prepared: Prepared, folder: OutputFolder, block: int | None) -> Iterator[tune.Matrix]:
     """The quantized matrices of a block, with what their solutions said beyond that."""
     kept = folder.partial / LEAN.format(block)
     leans = load_file(kept, device=str(prepared.model.device)) if kept.is_file() else {}
-    part = len(prepared.model.block_names) if block is None else block
+    part = part_of(prepared.model, block)
     for matrix in matrices(prepared, block, written(folder, part).tensors):
         yield replace(matrix, lean=leans.get(matrix.target.name))
 
@@ -104,8 +85,7 @@ def _tuned(prepared: Prepared, folder: OutputFolder, row: Row, matrix: tune.Matr
 
     Where scales were moved, the original weight is no measure: the errors noted are those before tuning.
     """
-    part = len(prepared.model.block_names) if row.block is None else row.block
-    record = folder.records[part]
+    record = folder.records[part_of(prepared.model, row.block)]
     report = next(report for report in record["report"] if report["name"] == row.target.name)
     if any(row.target.name in (note["source"], *note["readers"]) for note in record.get("scaled", [])):
         return Result(row, Solution(matrix.codes, matrix.grid, report["loss"]), {**report, "tuned": True})

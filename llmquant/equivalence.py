@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Stage, Streams, WeightSwap, stages
+from llmquant.calibration import Streams
+from llmquant.hooks import hooked
 from llmquant.matrices import Target, target_of
+from llmquant.stages import Stage
+from llmquant.swap import WeightSwap
 
 TOLERANCE = 1e-4  # of what the block adds to its input, in float32
 ROUNDING = 1e-6  # of what the block puts out: float32 has no more to give where it adds little
@@ -77,10 +80,9 @@ def find_all(model: StreamedModel) -> Iterator[list[Place]]:
         model, torch.randint(vocabulary, (2, TOKENS // 2), generator=generator), 2, lambda done, total: None
     )
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        found = find(streams, block)
-        streams.advance(block, WeightSwap())
-        model.unload_block(block)
+        with model.loaded(block):
+            found = find(streams, block)
+            streams.advance(block, WeightSwap())
         yield found
 
 
@@ -92,7 +94,7 @@ def find(streams: Streams, block: int) -> list[Place]:
     model = streams.model
     hidden, call = streams.reference[0].to(model.device), streams.calls[0][block]
     run = partial(model.run_block, block, hidden, call)
-    order = [stage for stage in stages(model, block, streams) if stage.targets[0].expert is None]
+    order = [stage for stage in streams.stages(block) if stage.targets[0].expert is None]
     name = model.block_names[block]
     norms = norms_read(model.model.get_submodule(name).named_modules(prefix=name), run)
     found = []
@@ -162,11 +164,8 @@ def norms_read(modules: Iterable[tuple[str, nn.Module]], run: Callable[[], Tenso
             handles.append(module.register_forward_pre_hook(partial(_note_read, reads, name)))
         elif weight is not None and weight.ndim == 1:
             handles.append(module.register_forward_hook(partial(_note_made, made, name)))
-    try:
+    with hooked(*handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     found: dict[str, Candidate] = {}
     for target, read in reads.items():
         for norm, module, args, output in made:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmquant.blocks import StreamedModel
-from llmquant.formats import Format
+from llmquant.formats import Format, Grid
 from llmquant.matrices import Target, text_config
 from llmquant.recipe import Rule
 from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
 from llmquant.stats import EXPERT_BYTES, HELD
 from llmquant.tune import Means
 
-BASE = 350 * 2**20  # Python, torch, transformers
+BASE = 420 * 2**20  # Python, torch, transformers, and the compiler of loops
 COPIES = 6  # of the weight in float32 that a calibrated solver holds: itself, target, errors, codes, indices, decoded
 SQUARES = 4  # matrices (in, in) in float32: the two sums, the damped one, and its factor
 JUDGED = 1 / 8  # share of the windows that are held out
@@ -53,6 +54,16 @@ class Row:
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.format.layout(self.target.shape).values())
+
+    @property
+    def pieces(self) -> dict[str, str]:
+        """Name in the folder -> suffix, of what it is stored as."""
+        return self.format.pieces(self.key, self.target.shape)
+
+    def unpacked(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Grid]:
+        """Its codes and grid, out of the tensors of a shard."""
+        shape = self.target.shape
+        return self.format.unpack(self.format.named(tensors, self.key, shape, self.target.expert), shape)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ every block is decoded when it runs, and again on the way back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from llmquant import inspection, pipeline, tune, verification
+from llmquant import finishing, inspection, pipeline, tune, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.checkpoint import Checkpoint
@@ -29,9 +30,10 @@ from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import BASE, Row
 from llmquant.job import Calibration, Job, Prepared, Progress, silent
 from llmquant.metrics import quantized_modules
-from llmquant.output import CALIBRATION, TEACHER, OutputFolder
+from llmquant.output import TEACHER, OutputFolder
 from llmquant.recipe import Recipe, Rule
-from llmquant.saving import save_block, stored, stored_name
+from llmquant.saving import matrices, part_of, save_block
+from llmquant.shown import kept_windows
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
@@ -138,47 +140,32 @@ def tune_folder(
     noted = {**asdict(course), "seed": seed, "calibration": asdict(calibration)}
     settings = {**job.settings(prepared.checkpoint), "tune": noted, "folder": source.fingerprint()}
     with OutputFolder(output, settings, overwrite=overwrite) as written:
-        windows = written.kept(
-            CALIBRATION, lambda: {"tokens": pipeline.shown_windows(prepared, calibration, progress)}
-        )["tokens"]
+        windows = kept_windows(prepared, written, progress)
         tuned = _tuned(prepared, course, source, written, windows, seed, progress)
-        matrices = {matrix.target.name: matrix for matrix in tuned.matrices}
+        found = {matrix.target.name: matrix for matrix in tuned.matrices}
         keys = model.vectors()
         vectors = {keys[name]: vector.cpu() for name, vector in tuned.vectors.items()} if tuned.kept else {}
         before = {tensor["name"]: tensor for tensor in facts["tensors"]}
         moved = {name for note in facts.get("scaled", []) for name in (note["source"], *note["readers"])}
-        places = [*range(len(model.block_names)), None]
-        for part, place in enumerate(places):
-            if part in written.records:
+        for block in model.places:
+            if part_of(model, block) in written.records:
                 continue
-            _load(model, place)
-            results = [
-                _result(model, row, matrices[row.target.name], before[row.target.name], row.target.name in moved)
-                for row in prepared.plan.of_block(place)
-            ]
-            own = model.outside_keys() if place is None else model.block_keys(place)
+            with model.loaded(block):
+                results = [
+                    _result(model, row, found[row.target.name], before[row.target.name], row.target.name in moved)
+                    for row in prepared.plan.of_block(block)
+                ]
+            own = model.outside_keys() if block is None else model.block_keys(block)
             dense = source.tensors([name for name in own if name in source.names()])
-            name = f"model-{part + 1:05d}-of-{len(places):05d}.safetensors"
-            save_block(prepared, written, place, name, results, changed=dense | vectors)
-            _unload(model, place)
-        written.assemble(pipeline.result_config(prepared), source.companions())
-        manifest = pipeline.result_manifest(prepared, written)
+            save_block(prepared, written, block, results, changed=dense | vectors)
+        written.assemble(finishing.result_config(prepared), source.companions())
+        manifest = finishing.result_manifest(prepared, written)
         inherited = ("kept_dense", "recoveries", "experts", "scaled", "qat", "calibration_fit")
         manifest |= {key: facts[key] for key in inherited if key in facts}
         tuning = {"kept": tuned.kept, "divergences": tuned.divergences, "codes": course.codes}
         manifest["settings"] = {**facts.get("settings", {}), "tune": {**noted, "kept": tuned.kept}}
         manifest["tuning"] = tuning if tuned.kept else facts.get("tuning", tuning)
-        shown = windows[-verification.WINDOWS :, : verification.LENGTH]
-        found = verification.verify(
-            written.partial,
-            model,
-            shown,
-            manifest=manifest,
-            trust_remote_code=job.trust_remote_code,
-            progress=progress,
-        )
-        found.check(written.partial, "it keeps this name: please report it")
-        manifest["verification"] = found.to_json()
+        finishing.compare(prepared, written, manifest, progress)
         written.finish(manifest)
     return manifest
 
@@ -196,9 +183,7 @@ def _tuned(
     assert calibration is not None
     place = written.partial if prepared.plan.offload else None
     streams = Streams.start(model, windows, calibration.batch, partial(progress, "embed"), place)
-    held = streams.held_windows()
-    model_of_original = partial(_teacher, model, streams, windows, course, written, progress)
-    teacher = model_of_original()
+    teacher = _teacher(model, streams, windows, course, written, progress)
     decoded = verification.Decoded(source.folder, model)
     twin = StreamedModel(
         decoded,
@@ -208,33 +193,32 @@ def _tuned(
         decoded=True,
         untied=prepared.checkpoint.untied,
     )
-    matrices = []
-    for block in [*range(len(twin.block_names)), None]:
-        _load(twin, block)
-        for row in prepared.plan.of_block(block):
-            named = source.tensors([stored_name(row, suffix) for suffix in row.format.layout(row.target.shape)])
-            codes, grid = row.format.unpack(stored(row, named), row.target.shape)
-            matrices.append(tune.Matrix(row.target, row.format, codes.to(twin.device), grid.to(twin.device)))
+    quantized: list[tune.Matrix] = []
+    with ExitStack() as held:
+        for block in twin.places:
+            held.enter_context(twin.loaded(block))
+            rows = prepared.plan.of_block(block)
+            names = dict.fromkeys(name for row in rows for name in row.pieces)  # experts have theirs together
+            quantized += matrices(prepared, block, source.tensors(list(names)))
             if block is not None:
-                _drop(twin, row)
-    tuned = tune.tune(
-        twin,
-        matrices,
-        {name: source.dtype(key) for name, key in twin.vectors().items()},
-        windows,
-        teacher,
-        held,
-        steps=course.steps,
-        batch=calibration.batch,
-        seed=seed,
-        rates=course.rates,
-        recompute=True,
-        begun=written.state(),
-        look=lambda state: written.keep_state(int(state["step"]), state),
-        progress=partial(progress, "tune"),
-    )
-    for block in [*range(len(twin.block_names)), None]:
-        _unload(twin, block)
+                for row in rows:
+                    _drop(twin, row)
+        tuned = tune.tune(
+            twin,
+            quantized,
+            {name: source.dtype(key) for name, key in twin.vectors().items()},
+            windows,
+            teacher,
+            streams.held_windows(),
+            steps=course.steps,
+            batch=calibration.batch,
+            seed=seed,
+            rates=course.rates,
+            recompute=True,
+            begun=written.state(),
+            look=lambda state: written.keep_state(int(state["step"]), state),
+            progress=partial(progress, "tune"),
+        )
     model.unload_outside()
     return tuned
 
@@ -259,10 +243,8 @@ def _teacher(
 
     def reduced() -> dict[str, Tensor]:
         hidden = passed()
-        model.load_outside()
-        found = likeliest(model, windows, hidden, course.top)
-        model.unload_outside()
-        return found
+        with model.loaded(None):
+            return likeliest(model, windows, hidden, course.top)
 
     return Likeliest(**written.kept(TEACHER, reduced))
 
@@ -273,20 +255,6 @@ def _drop(twin: StreamedModel, row: Row) -> None:
     module = twin.module(row.target)
     empty = torch.empty_like(module.get_parameter(leaf), device="meta")
     module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-
-
-def _load(model: StreamedModel, block: int | None) -> None:
-    if block is None:
-        model.load_outside()
-    else:
-        model.load_block(block)
-
-
-def _unload(model: StreamedModel, block: int | None) -> None:
-    if block is None:
-        model.unload_outside()
-    else:
-        model.unload_block(block)
 
 
 def _result(model: StreamedModel, row: Row, matrix: tune.Matrix, before: dict[str, Any], moved: bool) -> Result:

@@ -108,26 +108,21 @@ def verify(folder: Path, progress: Callable[[str, int, int], None] = lambda what
 def _decode(checkpoint: Checkpoint, tensor: dict[str, Any]) -> list[str]:
     fmt = formats.get(tensor["format"])
     shape = (tensor["shape"][0], tensor["shape"][1])
-    base = tensor["key"].removesuffix("weight")
-    layout = fmt.layout(shape)
+    pieces, layout = fmt.pieces(tensor["key"], shape), fmt.layout(shape)
     expert = tensor.get("expert")  # all experts of a parameter lie in the same tensors
-    missing = [base + suffix for suffix in layout if base + suffix not in checkpoint.names()]
+    missing = [name for name in pieces if name not in checkpoint.names()]
     if missing:
         return [f"{missing[0]}: missing"]
     wrong = [
-        f"{base + suffix}: is {checkpoint.dtype(base + suffix)} {checkpoint.shape(base + suffix)}, "
-        f"should be {spec.dtype} {spec.shape}"
-        for suffix, spec in layout.items()
-        if checkpoint.dtype(base + suffix) != spec.dtype
-        or checkpoint.shape(base + suffix)[0 if expert is None else 1 :] != spec.shape
-        or (expert is not None and expert >= checkpoint.shape(base + suffix)[0])
+        f"{name}: is {checkpoint.dtype(name)} {checkpoint.shape(name)}, should be {spec.dtype} {spec.shape}"
+        for name, spec in ((name, layout[suffix]) for name, suffix in pieces.items())
+        if checkpoint.dtype(name) != spec.dtype
+        or checkpoint.shape(name)[0 if expert is None else 1 :] != spec.shape
+        or (expert is not None and expert >= checkpoint.shape(name)[0])
     ]
     if wrong:
         return wrong
-    stored = checkpoint.tensors([base + suffix for suffix in layout])
-    if expert is not None:
-        stored = {name: value[expert] for name, value in stored.items()}
-    named = {name.removeprefix(base): value for name, value in stored.items()}
+    named = fmt.named(checkpoint.tensors(list(pieces)), tensor["key"], shape, expert)
     if not all_finite(fmt.decode(*fmt.unpack(named, shape))):
         return [f"{tensor['key']}: decodes to NaN or Inf"]
     return []

@@ -105,6 +105,33 @@ def experts_of(name: str, module: nn.Module, layouts: dict[str, bool]) -> list[T
     return found
 
 
+def routers(name: str, block: nn.Module, config: PretrainedConfig, layouts: dict[str, bool]) -> set[str]:
+    """The parameters of a block with one row an expert, or one row for all, in a module that holds the experts.
+
+    name: of the block; layouts: as of `experts_of`.
+    """
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = {number for count in counts if (number := getattr(text_config(config), count, None)) is not None}
+    experts |= {len(value) for inner, value in block.named_parameters(name) if inner in layouts}
+    holders = {
+        inner
+        for inner, part in block.named_modules(prefix=name)
+        if part is not block and any(_holds_experts(child, experts) for child in part.modules())
+    }
+    return {
+        inner
+        for inner, value in block.named_parameters(name)
+        if value.ndim == 2 and len(value) in {1, *experts} and any(inner.startswith(f"{holder}.") for holder in holders)
+    }
+
+
+def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
+    """Whether a module is a list of experts, or holds them as 3-D parameters."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return len(module) in counts
+    return any(value.ndim == 3 and len(value) in counts for value in module.parameters(recurse=False))
+
+
 def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """{name: block} of a causal language model: the largest list as long as the config says the model is deep."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)

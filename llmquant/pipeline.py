@@ -4,49 +4,40 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import psutil
-import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
-from llmquant import allocate, chats, domain, equivalence, recovery, rotation, text, trial, verification
+from llmquant import allocate, domain, equivalence, rotation, trial, verification
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap, summed_windows
+from llmquant.calibration import Streams, summed_windows
 from llmquant.card import turned
 from llmquant.checkpoint import Checkpoint, locate
 from llmquant.curvature import curvature
 from llmquant.endtoend import keep_lean, tune_all
 from llmquant.equivalence import Place
-from llmquant.errors import (
-    CheckpointError,
-    DataError,
-    OutputError,
-    PlanError,
-)
-from llmquant.estimate import Row, Work
+from llmquant.errors import OutputError, PlanError
+from llmquant.estimate import Work
+from llmquant.finishing import compare, result_config, result_manifest
 from llmquant.job import Calibration, Job, Prepared, Progress, loading, silent
-from llmquant.matrices import loader_of
 from llmquant.output import ALLOCATION, CALIBRATION, CURVATURE, OutputFolder, check_usable
 from llmquant.phases import phase, timed
 from llmquant.plan import Plan, make_plan, with_recipe
 from llmquant.ranks import SINGLE, Parcel, Ranks, join
 from llmquant.recipe import Recipe
-from llmquant.saving import restore, save_block, stored, stored_name
+from llmquant.saving import restore, save_block
 from llmquant.scaling import Scales
+from llmquant.shown import mended_windows, window_length
 from llmquant.solving import solve_block, solve_outside
-from llmquant.verification import Verification
-from llmquant.version import __version__
+from llmquant.swap import WeightSwap
 
 # Of a run without calibration whose formats are chosen.
 SHOWN = Calibration(samples=16, curvature=1.0)
@@ -91,7 +82,7 @@ def prepare(
             "those only: use --quality fast, which reads weights only"
         )
     if (shown := _seen(job)) is not None and model.causal:
-        length = ranks.alone(partial(_length, model.config, shown)).facts
+        length = ranks.alone(lambda: Parcel(window_length(model.config, shown))).facts
     work, budget = _work(job, length, offload, ranks), job.budget
     recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget, model)
     plan = make_plan(checkpoint, model, recipe, output if ranks.first else None, work, max_memory)
@@ -141,7 +132,7 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> P
             return Parcel({"chosen": "none", "reason": f"{type(model.model).__name__} is no causal language model"})
         rows = make_plan(checkpoint, model, job.recipe, output, Work(tokens=int(calibrated))).rows
         windows = verification.random_windows(model, trial.WINDOWS, trial.LENGTH, job.seed)
-        found[mode] = trial.divergence(model, rows, windows, step)
+        found[mode] = trial.divergence(model, rows, windows, len(windows), step)
     return Parcel(trial.decide(found) | ({"refused": refused} if refused else {}))
 
 
@@ -200,7 +191,7 @@ def _quantize(prepared: Prepared, folder: OutputFolder | None, verify: bool, pro
         if blocks not in solved:
             results = solve_outside(prepared, streams)
             if folder is not None:
-                folder.later(partial(save_block, prepared, folder, None, _shard(prepared, blocks), results))
+                folder.later(partial(save_block, prepared, folder, None, results))
         wanted = streams.gathered() if streams is not None and prepared.job.tuning else None
         ended = ranks.alone(partial(_finish, prepared, folder, streams, wanted, allocation, verify, progress))
     return ended.facts | {"phases": dict(seconds), "behind": 0.0 if folder is None else folder.behind}
@@ -235,8 +226,8 @@ def _finish(
     timeless: dict[str, Any] = {}
     if verify:
         with phase("verify", whole=True):
-            found = _verify(prepared, folder, manifest, progress)
-        manifest["verification"] = found.to_json()
+            remedy = "please report it, or repeat the command with --no-verify"
+            found = compare(prepared, folder, manifest, progress, remedy)
         timeless = {"verification": found.to_json() | {"seconds": found.seconds}}
     with phase("finish", whole=True):
         folder.finish(manifest)
@@ -277,17 +268,11 @@ def _do_block(
         if folder is not None:
             keep_lean(folder, block, results)
             changed, noted = (None, None) if scales is None else (scales.stored(), scales.to_json())
-            name = _shard(prepared, block)
-            folder.later(partial(save_block, prepared, folder, block, name, results, changed=changed, noted=noted))
+            folder.later(partial(save_block, prepared, folder, block, results, changed=changed, noted=noted))
     if streams is not None and (block + 1 < blocks or job.tuning or plan.of_block(None)):
         streams.advance(block, swap)
     with phase("load"):
         model.unload_block(block)
-
-
-def _shard(prepared: Prepared, part: int) -> str:
-    """The file of a block, or of what lies outside them, the last."""
-    return f"model-{part + 1:05d}-of-{len(prepared.model.block_names) + 1:05d}.safetensors"
 
 
 def _done(plan: Plan, block: int) -> int:
@@ -354,7 +339,7 @@ def _kept_windows(
 ) -> Tensor:
     def shown() -> Parcel:
         assert folder is not None
-        return Parcel(None, folder.kept(CALIBRATION, lambda: _shown(prepared, calibration, progress)))
+        return Parcel(None, folder.kept(CALIBRATION, lambda: mended_windows(prepared, calibration, progress)))
 
     return prepared.ranks.alone(shown).tensors["tokens"].cpu()
 
@@ -405,107 +390,6 @@ def _curvature(
     return {name: part.blocks for name, part in found.items()}
 
 
-def _length(config: transformers.PretrainedConfig, calibration: Calibration) -> Parcel:
-    """Tokens of a window: as asked, as in the tokens that are given, or as the model allows."""
-    if text.holds_tokens(calibration.source):
-        return Parcel(text.token_length(calibration.source, config, calibration.length))
-    return Parcel(text.window_length(config, calibration.length or min(512, text.window_length(config))))
-
-
-def _shown(prepared: Prepared, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
-    """What calibration shows: tokens (samples, length) int64; where text was looked at, excess, how far it is from what
-    the model was made for, nats a token, and own (samples,) bool, the windows that the model wrote anew for that.
-
-    Calibrated on such text alone a model can end worse than without any; half of it in its own words, nearly as on the
-    right text.
-    """
-    windows = shown_windows(prepared, calibration, progress)
-    if not calibration.checked:
-        return {"tokens": windows}
-    looking = partial(progress, "look at text")
-    with phase("forward", whole=True):
-        found = domain.excess(prepared.model, windows, batch=calibration.batch, progress=looking)
-    own = torch.zeros(len(windows), dtype=torch.bool)
-    if found > domain.MOST:
-        own[torch.arange(len(windows) - 1, -1, -2)] = True  # of those summed and of those held out
-        what = (
-            f"{calibration.source}: is not the kind of text that the model was made for: its tokens cost it "
-            f"{found:.2f} nats more than it expects, and {domain.MOST} are allowed"
-        )
-        try:
-            windows[own] = _sampled(prepared, int(own.sum()), progress)
-        except DataError as error:
-            raise DataError(
-                f"{what}; and half of the windows cannot be the model's own samples instead: {error}; or take the text "
-                "as it is with --no-calibration-check"
-            ) from error
-        logging.getLogger(__name__).warning(
-            "%s: %d of %d windows are the model's own samples instead; give other text, or leave --calibration away",
-            what,
-            int(own.sum()),
-            len(windows),
-        )
-    return {"tokens": windows, "excess": torch.tensor(found, dtype=torch.float64), "own": own}
-
-
-def shown_windows(prepared: Prepared, calibration: Calibration, progress: Progress) -> Tensor:
-    """Calibration tokens (samples, length) int64, as they were asked for."""
-    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
-    if text.holds_tokens(calibration.source):
-        return text.read_tokens(calibration.source, count=calibration.samples, vocabulary=config.vocab_size)
-    if calibration.source != "self":
-        tokenizer = text.load_tokenizer(folder, job.trust_remote_code)
-        return text.calibration_windows(
-            tokenizer, calibration.source, count=calibration.samples, length=prepared.length, seed=job.seed
-        )
-    return _sampled(prepared, calibration.samples, progress)
-
-
-@phase("sample", whole=True)
-def _sampled(prepared: Prepared, count: int, progress: Progress) -> Tensor:
-    """Windows (count, length) int64 that the model writes by itself."""
-    job, folder, config = prepared.job, prepared.checkpoint.folder, prepared.model.config.get_text_config()
-    _check_room(prepared)
-    model = loader_of(prepared.checkpoint.config()).from_pretrained(
-        folder, dtype=prepared.model.dtype, trust_remote_code=job.trust_remote_code
-    )
-    windows = text.sample_windows(
-        model.to(job.device).eval(),
-        bos_token_id=config.bos_token_id,
-        count=count,
-        length=prepared.length,
-        seed=job.seed,
-        turns=_turns(prepared),
-        progress=partial(progress, "sample"),
-    )
-    return windows.cpu()
-
-
-def _turns(prepared: Prepared) -> chats.Turns | None:
-    """How the model's conversations go; None where there is no chat template, or none that can be used."""
-    folder = prepared.checkpoint.folder
-    try:
-        turns = chats.turns(text.load_tokenizer(folder, prepared.job.trust_remote_code))
-        if turns is not None and 2 * (size := len(turns.opening) + len(turns.reply)) > prepared.length:
-            raise DataError(f"{folder}: the chat template's own {size} tokens fill most of {prepared.length}")
-    except (CheckpointError, DataError) as error:
-        logging.getLogger(__name__).warning("%s: the model's samples are plain text, no conversations", error)
-        return None
-    return turns
-
-
-def _check_room(prepared: Prepared) -> None:
-    """The model's own samples need all of it in memory at once, which nothing else here does."""
-    need = sum(prepared.checkpoint.nbytes(name) for name in prepared.checkpoint.names())
-    device = torch.device(prepared.job.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if need > 0.9 * free:
-        raise DataError(
-            f"the model's own samples need all of it in memory: {need:,} bytes, {free:,} are free: give text with "
-            "--calibration FILE, or use --quality fast, which needs none"
-        )
-
-
 def _places(prepared: Prepared) -> Iterator[list[Place]]:
     """Of block after block, where scales can be moved, if a solver wants it; float32 shows it."""
     if prepared.job.calibration is None or not any(row.rule.solver in SCALED for row in prepared.plan.rows):
@@ -526,96 +410,3 @@ def _places(prepared: Prepared) -> Iterator[list[Place]]:
             Place(source, tuple(readers), told.tensors[str(number)], offset)
             for number, (source, readers, offset) in enumerate(told.facts)
         ]
-
-
-# ---- the end
-
-
-def _verify(prepared: Prepared, folder: OutputFolder, manifest: dict[str, Any], progress: Progress) -> Verification:
-    """On a few held-out windows, or on random tokens where there is no text."""
-    windows = verification.random_windows(prepared.model, seed=prepared.job.seed)
-    if prepared.job.calibration is not None:
-        windows = load_file(folder.partial / CALIBRATION)["tokens"][-verification.WINDOWS :, : verification.LENGTH]
-    found = verification.verify(
-        folder.partial,
-        prepared.model,
-        windows,
-        manifest=manifest,
-        trust_remote_code=prepared.job.trust_remote_code,
-        progress=progress,
-    )
-    found.check(folder.partial, "it keeps this name: please report it, or repeat the command with --no-verify")
-    return found
-
-
-def result_config(prepared: Prepared) -> dict[str, Any]:
-    quantization = {"quant_method": "llmquant", "version": __version__, "formats": prepared.plan.modules()}
-    return {**prepared.checkpoint.config(), "quantization_config": quantization}
-
-
-def result_manifest(prepared: Prepared, folder: OutputFolder) -> dict[str, Any]:
-    """All about the run that does not depend on when and where it ran."""
-    plan, job = prepared.plan, prepared.job
-    scaled = [note for part in sorted(folder.records) for note in folder.records[part].get("scaled", [])]
-    written = [report for part in sorted(folder.records) for report in folder.records[part].get("report", [])]
-    reports = list({report["name"]: report for report in written}.values())  # a block written anew counts as it is now
-    versions = {
-        "llmquant": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-    return {
-        "versions": versions,
-        "model": Path(job.model).name if Path(job.model).is_dir() else job.model,
-        "settings": {key: value for key, value in folder.settings.items() if key != "source"},
-        "threads": torch.get_num_threads(),
-        "bits_per_weight": plan.bits_per_weight,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-        "kept_dense": [asdict(kept) for kept in plan.kept],
-        "recoveries": recovery.of_run(reports),
-        **_fit(folder),
-        **({} if prepared.rotation is None else {"rotation": prepared.rotation}),
-        **({"experts": experts} if (experts := recovery.coverage(reports)) else {}),
-        "scaled": scaled,
-        "tensors": reports,
-        "histograms": [_histogram(prepared, folder, row) for row in _worst(plan.rows, reports)],
-    }
-
-
-def _fit(folder: OutputFolder) -> dict[str, Any]:
-    """How the calibration text fits the model, where it was looked at."""
-    path = folder.partial / CALIBRATION
-    shown = load_file(path) if path.is_file() else {}
-    if "excess" not in shown:
-        return {}
-    facts = {"excess": float(shown["excess"]), "bound": domain.MOST}
-    return {"calibration_fit": {**facts, "windows": len(shown["own"]), "own_windows": int(shown["own"].sum())}}
-
-
-def _worst(rows: Iterable[Row], reports: list[dict[str, Any]]) -> list[Row]:
-    """Three matrices, by the error of their outputs where that is known."""
-    worst = sorted(reports, key=lambda report: -report.get("output_error", report["error"]))[:3]
-    named = {row.target.name: row for row in rows}
-    return [named[report["name"]] for report in worst]
-
-
-def _histogram(prepared: Prepared, folder: OutputFolder, row: Row) -> dict[str, Any]:
-    """Counts of a matrix's weights before and after, in 64 equal bins; before: as the checkpoint has them."""
-    model, written = prepared.model, Checkpoint(folder.partial)
-    named = stored(row, written.tensors([stored_name(row, suffix) for suffix in row.format.layout(row.target.shape)]))
-    after = row.format.decode(*row.format.unpack(named, row.target.shape))
-    if row.block is None:
-        model.load_outside()
-    else:
-        model.load_block(row.block)
-    before = row.target.matrix(model.module(row.target)).detach().float().cpu()
-    if row.block is None:
-        model.unload_outside()
-    else:
-        model.unload_block(row.block)
-    low, high = (float(end) for end in torch.aminmax(before))
-    counts = [torch.histc(w.clamp(low, high), 64, low, high).int().tolist() for w in (before, after)]
-    return {"name": row.target.name, "low": low, "high": high, "before": counts[0], "after": counts[1]}

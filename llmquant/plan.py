@@ -138,8 +138,7 @@ def _decided(
     recipe = recipe.settled(calibrated)
     _check_recipe(model, recipe, calibrated)
     kernels: dict[Any, str] = {}
-    blocks = [*range(len(model.block_names)), None]
-    decided = [decision for block in blocks for decision in _decide(checkpoint, model, recipe, block, kernels)]
+    decided = [decision for block in model.places for decision in _decide(checkpoint, model, recipe, block, kernels)]
     rows = tuple(decision for decision in decided if isinstance(decision, Row))
     kept = tuple(dict.fromkeys(decision for decision in decided if isinstance(decision, Kept)))
     if not rows:
@@ -167,8 +166,7 @@ def _means(model: StreamedModel, rows: tuple[Row, ...], work: Work, max_memory: 
 def _check_recipe(model: StreamedModel, recipe: Recipe, calibrated: bool) -> None:
     """Raises PlanError where there is nothing that the rules could be about, or what they say cannot be."""
     patterns = {rule.pattern for rule in recipe.rules}
-    blocks = [*range(len(model.block_names)), None]
-    names = [target.listed for block in blocks for target in model.targets(block).values()]
+    names = [target.listed for block in model.places for target in model.targets(block).values()]
     names = [name for name in [*names, *model.embeddings()] if name not in model.reserved or name in patterns]
     names = [name for name in names if name not in model.embeddings() or name in patterns]
     for pattern in patterns:

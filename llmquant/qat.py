@@ -24,16 +24,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from llmquant import pipeline, verification
+from llmquant import finishing, pipeline, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
-from llmquant.endtoend import whole
 from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import BASE, Row
 from llmquant.fake_quantize import ROUNDINGS, FakeQuantized
 from llmquant.job import Job, Prepared, Progress, silent
-from llmquant.output import CALIBRATION, OutputFolder
-from llmquant.saving import save_block
+from llmquant.output import OutputFolder
+from llmquant.saving import part_of, save_block
+from llmquant.shown import kept_windows
 from llmquant.solvers import Solution
 from llmquant.solving import Result, report_of
 from llmquant.stats import energy
@@ -125,34 +125,23 @@ def train(
     assert calibration is not None
     settings = {**job.settings(prepared.checkpoint), "qat": asdict(course)}
     with OutputFolder(output, settings, overwrite=overwrite) as folder:
-        windows = folder.kept(CALIBRATION, lambda: {"tokens": pipeline.shown_windows(prepared, calibration, progress)})[
-            "tokens"
-        ]
+        windows = kept_windows(prepared, folder, progress)
         place = (prepared.offload or folder.partial) if prepared.plan.offload else None
         streams = Streams.start(model, windows, calibration.batch, partial(progress, "embed"), place)
         last_states(streams, partial(progress, "original"))
         shown = windows[-verification.WINDOWS :, : verification.LENGTH].to(model.device)
-        with whole(model):
+        with model.whole():
             weights, moved = _trained_parts(prepared, course)
             training = _train(prepared, course, folder, streams, weights, moved, partial(progress, "train"))
             with in_place(model.model, list(weights.values()), moved), _nearest(weights):
                 expected = model.model(input_ids=shown, use_cache=False).logits
             _write(prepared, folder, weights, moved)
             del weights, moved
-        folder.assemble(pipeline.result_config(prepared), prepared.checkpoint.companions())
+        folder.assemble(finishing.result_config(prepared), prepared.checkpoint.companions())
         _check_same(folder.partial, prepared, shown, expected)
-        manifest = pipeline.result_manifest(prepared, folder)
+        manifest = finishing.result_manifest(prepared, folder)
         manifest["qat"] = {**asdict(course), "divergences": training.divergences}
-        found = verification.verify(
-            folder.partial,
-            model,
-            shown.cpu(),
-            manifest=manifest,
-            trust_remote_code=job.trust_remote_code,
-            progress=progress,
-        )
-        found.check(folder.partial, "it keeps this name: please report it")
-        manifest["verification"] = found.to_json()
+        finishing.compare(prepared, folder, manifest, progress)
         folder.finish(manifest)
     return manifest
 
@@ -160,14 +149,12 @@ def train(
 def _write(
     prepared: Prepared, folder: OutputFolder, weights: dict[str, FakeQuantized], moved: dict[str, Moved]
 ) -> None:
-    model, places = prepared.model, [*range(len(prepared.model.block_names)), None]
-    vectors = model.vectors()
+    model, vectors = prepared.model, prepared.model.vectors()
     changed = {vectors[name]: part.vector().cpu() for name, part in moved.items()}
-    for part, place in enumerate(places):
-        if part not in folder.records:
-            results = [_result(model, row, weights[row.target.name]) for row in prepared.plan.of_block(place)]
-            name = f"model-{part + 1:05d}-of-{len(places):05d}.safetensors"
-            save_block(prepared, folder, place, name, results, changed=changed)
+    for block in model.places:
+        if part_of(model, block) not in folder.records:
+            results = [_result(model, row, weights[row.target.name]) for row in prepared.plan.of_block(block)]
+            save_block(prepared, folder, block, results, changed=changed)
 
 
 def _trained_parts(prepared: Prepared, course: Course) -> tuple[dict[str, FakeQuantized], dict[str, Moved]]:
@@ -268,7 +255,7 @@ def _check_same(folder: Path, prepared: Prepared, shown: Tensor, expected: Tenso
     decoded = verification.Decoded(folder, prepared.model)
     job, dtype = prepared.job, prepared.model.dtype
     twin = StreamedModel(decoded, device=job.device, dtype=dtype, trust_remote_code=job.trust_remote_code, decoded=True)
-    with whole(twin):
+    with twin.whole():
         for block in range(len(twin.block_names)):
             decoded.fill(twin, block)
         found = twin.model(input_ids=shown, use_cache=False).logits

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from llmquant import equivalence
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError
+from llmquant.swap import WeightSwap
 
 MODES = ("none", "value", "residual")
 AUTO = "auto"  # the one of them that is found to be best (see trial.py)
@@ -189,14 +190,13 @@ def rotated(
     edits: dict[str, Edit] = {}
     embedded = streams.reference[0]
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        trial = _Trial(streams, block)
-        trial.values(seed + block + 1)
-        if residual is not None:
-            trial.residual(residual)
-        edits |= trial.edits
-        streams.advance(block, WeightSwap())
-        model.unload_block(block)
+        with model.loaded(block):
+            trial = _Trial(streams, block)
+            trial.values(seed + block + 1)
+            if residual is not None:
+                trial.residual(residual)
+            edits |= trial.edits
+            streams.advance(block, WeightSwap())
         progress(block + 1, len(model.block_names))
     if not edits:
         raise PlanError(

@@ -10,18 +10,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmquant import tune
-from llmquant.calibration import WeightSwap
-from llmquant.errors import (
-    NonFiniteInput,
-    VerificationError,
-)
-from llmquant.estimate import Row
+from llmquant.blocks import StreamedModel
+from llmquant.errors import NonFiniteInput, VerificationError
 from llmquant.formats.base import all_finite
 from llmquant.job import Prepared
 from llmquant.output import OutputFolder
 from llmquant.ranks import Parcel
 from llmquant.solvers import Solution
 from llmquant.solving import Result, put
+from llmquant.swap import WeightSwap
 
 
 @torch.no_grad()
@@ -29,16 +26,15 @@ def save_block(
     prepared: Prepared,
     folder: OutputFolder,
     block: int | None,
-    shard: str,
     results: list[Result],
     *,
-    part: int | None = None,
+    anew: bool = False,
     changed: dict[str, Tensor] | None = None,
     noted: dict[str, Any] | None = None,
 ) -> None:
     """block None: all that lies outside the blocks, as the last part.
 
-    part: its number, where it is not the first that is written of the block; changed: what the file gets, of whatever
+    anew: as a part of its own, which counts instead of the first of the block; changed: what the file gets, of whatever
     blocks, in place of the checkpoint's own tensors; noted: of this part, besides the report.
     """
     model = prepared.model
@@ -48,11 +44,13 @@ def save_block(
     tensors = {name: (changed or {}).get(name, own) for name, own in prepared.checkpoint.tensors(dense).items()}
     experts: dict[str, list[Tensor]] = {}
     for result in results:
-        for suffix, tensor in result.row.format.pack(result.solution.codes, result.solution.grid).items():
-            if result.row.target.expert is None:
-                tensors[stored_name(result.row, suffix)] = tensor.cpu()
+        row, solution = result.row, result.solution
+        names = {suffix: name for name, suffix in row.pieces.items()}
+        for suffix, tensor in row.format.pack(solution.codes, solution.grid).items():
+            if row.target.expert is None:
+                tensors[names[suffix]] = tensor.cpu()
             else:
-                experts.setdefault(stored_name(result.row, suffix), []).append(tensor.cpu())
+                experts.setdefault(names[suffix], []).append(tensor.cpu())
     tensors |= {name: torch.stack(parts) for name, parts in experts.items()}
 
     def check(read: dict[str, Tensor]) -> dict[str, Any]:
@@ -61,18 +59,14 @@ def save_block(
             _check_result(result, read)
         return {"report": [result.report for result in results], **(noted or {})}
 
-    first = len(model.block_names) if block is None else block
-    folder.write_shard(first if part is None else part, shard, tensors, check)
+    index, count = model.places.index(block), len(model.places)
+    name = f"{'tuned' if anew else 'model'}-{index + 1:05d}-of-{count:05d}.safetensors"
+    folder.write_shard(part_of(model, block, anew), name, tensors, check)
 
 
-def stored_name(row: Row, suffix: str) -> str:
-    return row.key.removesuffix("weight") + suffix
-
-
-def stored(row: Row, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {suffix: tensors[stored_name(row, suffix)] for suffix in row.format.layout(row.target.shape)}
-    expert = row.target.expert
-    return found if expert is None else {suffix: tensor[expert] for suffix, tensor in found.items()}
+def part_of(model: StreamedModel, block: int | None, anew: bool = False) -> int:
+    """The number of a block's part of the folder; anew: of the one that is written when all blocks are."""
+    return model.places.index(block) + (len(model.places) if anew else 0)
 
 
 def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:
@@ -85,7 +79,7 @@ def _check_dense(read: dict[str, Tensor]) -> dict[str, Any]:
 def _check_result(result: Result, read: dict[str, Tensor]) -> None:
     """What was read back must unpack to what was solved, bit for bit: so the errors noted are those of the file."""
     row, solution = result.row, result.solution
-    codes, grid = row.format.unpack(stored(row, read), row.target.shape)
+    codes, grid = row.unpacked(read)
     if not (torch.equal(codes, solution.codes.cpu()) and grid.equals(solution.grid)):
         raise VerificationError(f"{row.key}: what was read back is not what was solved: please report this")
 
@@ -100,7 +94,7 @@ def matrices(prepared: Prepared, block: int | None, tensors: dict[str, Tensor]) 
     """The quantized matrices of a block, from the tensors of its shard."""
     found = []
     for row in prepared.plan.of_block(block):
-        codes, grid = row.format.unpack(stored(row, tensors), row.target.shape)
+        codes, grid = row.unpacked(tensors)
         device = prepared.model.device
         found.append(tune.Matrix(row.target, row.format, codes.to(device), grid.to(device)))
     return found

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.calibration import Stage, Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.equivalence import Place, in_place
 from llmquant.formats import Format
 from llmquant.phases import phase
 from llmquant.ranks import Parcel
+from llmquant.stages import Stage
 from llmquant.stats import Stats, energy, finite_rows
+from llmquant.swap import WeightSwap
 
 WORTH = 0.95  # of the rounding error: where balance gains less, GPTQ makes more of the weights as they are
 ALPHAS = 20  # powers of the activations' size that AWQ tries

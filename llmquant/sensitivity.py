@@ -25,14 +25,16 @@ from torch import Tensor, nn
 
 from llmquant import formats
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Stage, Streams, WeightSwap, stages, summed_windows
+from llmquant.calibration import Streams, summed_windows
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import PlanError, VerificationError
 from llmquant.estimate import Row
 from llmquant.job import Progress
 from llmquant.knapsack import Numbers
-from llmquant.metrics import Tally
+from llmquant.stages import Stage
 from llmquant.stats import Stats, ratio
+from llmquant.swap import WeightSwap
+from llmquant.trial import rounded
 
 CHUNK_BYTES = 2**26  # of float32 logits that exist at once
 REFERENCE_BYTES = 2**30  # of the original's log-probabilities that are kept, for the head not to run twice each time
@@ -114,12 +116,6 @@ def sizes(sets: list[Fused]) -> Numbers:
     return np.array(found, dtype=np.float64)
 
 
-def rounded(row: Row, weight: Tensor) -> Tensor:
-    """weight (out, in) -> what it is in the row's format, float32."""
-    codes, grid = row.format.quantize(weight.float(), clip=row.rule.options.get("clip", "search"))
-    return row.format.decode(codes, grid)
-
-
 # ---- by the divergence of the predictions
 
 
@@ -157,7 +153,7 @@ class Whole:
         """Of all blocks, as `fused` finds them."""
         found = []
         for block, entering in enumerate(self._entering[:-1]):
-            order = stages(self.model, block, replace(self._streams, reference=entering))
+            order = replace(self._streams, reference=entering).stages(block)
             found += fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
         return found
 
@@ -272,15 +268,13 @@ def estimated(
     sets: list[Fused] = []
     costs: list[list[float]] = []
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        order = stages(model, block, streams)
-        streams.remember(block, order)
-        own = fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
-        found = _estimated_block(model, block, streams, order, own, curves, tokens)
-        sets += own
-        costs += found
-        streams.advance(block, WeightSwap())
-        model.unload_block(block)
+        with model.loaded(block):
+            order = streams.stages(block)
+            streams.remember(block, order)
+            own = fused(checkpoint, block, order, [row for row in rows if row.block == block], specs)
+            costs += _estimated_block(model, block, streams, order, own, curves, tokens)
+            sets += own
+            streams.advance(block, WeightSwap())
         progress("sensitivity", block + 1, len(model.block_names))
     return sets, np.array(costs)
 
@@ -332,29 +326,3 @@ def fisher(change: Tensor, stats: Stats, curvature: Tensor) -> float:
     padded = nn.functional.pad(change, (0, 0, 0, count * width - len(change)))
     felt = (padded @ stats.hessian).unflatten(0, (count, width)) @ padded.unflatten(0, (count, width)).mT
     return float((felt * curvature.to(felt)).sum(dtype=torch.float64)) / (2 * stats.worth)
-
-
-def streamed_divergence(
-    model: StreamedModel, windows: Tensor, batch: int, chosen: list[tuple[Row, ...]], progress: Progress
-) -> float:
-    """KL(original || with these matrices rounded), nats a token, with one block in memory at a time."""
-    streams = Streams.start(model, windows, batch, partial(progress, "embed"))
-    for block in range(len(model.block_names)):
-        model.load_block(block)
-        swap = WeightSwap()
-        for row in (row for option in chosen for row in option if row.block == block):
-            parameter = model.model.get_parameter(row.target.parameter)
-            new = rounded(row, row.target.matrix(model.module(row.target)).detach()).to(model.dtype)
-            swap.replace(row.target.parameter, parameter, row.target.stored(new), row.target.expert)
-        streams.advance(block, swap)
-        model.unload_block(block)
-        progress("measure", block + 1, len(model.block_names))
-    model.load_outside()
-    tally = Tally(model.config.get_text_config().vocab_size)
-    for tokens, before, after in zip(streams.tokens, streams.reference, streams.quantized, strict=True):
-        for row_tokens, *pair in zip(tokens, before, after, strict=True):
-            own = row_tokens[None].to(model.device)
-            p, q = (model.logits(own, hidden[None].to(model.device))[0, :-1] for hidden in pair)
-            tally.add(row_tokens[1:], p, q)
-    model.unload_outside()
-    return tally.divergence().mean

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant import recovery
-from llmquant.calibration import Stage, Streams, WeightSwap, stages
+from llmquant.calibration import Streams
 from llmquant.errors import (
     LlmquantError,
 )
@@ -23,7 +23,9 @@ from llmquant.ranks import Parcel
 from llmquant.scaling import Scales, awq, balance
 from llmquant.solvers import TUNERS, Solution, default_of
 from llmquant.solvers.block_tuning import Part
+from llmquant.stages import Stage
 from llmquant.stats import Stats, energy, ratio
+from llmquant.swap import WeightSwap
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def solve_block(
     The matrices of a stage are shared out over the processes, and all get all results.
     """
     rows = {row.target.name: row for row in prepared.plan.of_block(block)}
-    order = [] if streams is None else stages(prepared.model, block, streams)
+    order = [] if streams is None else streams.stages(block)
     if streams is not None:
         streams.remember(block, order)
     reached = {target.name for stage in order for target in stage.targets}
@@ -260,7 +262,8 @@ def _tune_block(
 
     def gradient(batch: int, weights: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         for name, weight in weights.items():
-            _put_weight(prepared, swap, rows[name], weight)
+            with phase("put"):
+                swap.put(prepared.model, rows[name].target, weight)
         turn, process = divmod(batch, streams.ranks.count)
         own = Parcel()
         if process == streams.ranks.rank:
@@ -278,15 +281,14 @@ def solve_outside(prepared: Prepared, streams: Streams | None) -> list[Result]:
     rows, model = prepared.plan.of_block(None), prepared.model
     if not rows:
         return []
-    model.load_outside()
     results: dict[str, Result] = {}
     mine = _mine(prepared, rows)
-    for row in rows:
-        calibrated = streams is not None and isinstance(model.module(row.target), nn.Linear)
-        stats = streams.behind_blocks(row.target) if streams is not None and calibrated else None
-        if row.target.name in mine:
-            results[row.target.name] = _solve(row, row.target.matrix(model.module(row.target)).detach(), stats)
-    model.unload_outside()
+    with model.loaded(None):
+        for row in rows:
+            calibrated = streams is not None and isinstance(model.module(row.target), nn.Linear)
+            stats = streams.behind_blocks(row.target) if streams is not None and calibrated else None
+            if row.target.name in mine:
+                results[row.target.name] = _solve(row, row.target.matrix(model.module(row.target)).detach(), stats)
     others = _of_others(prepared, rows, [*results.values()])
     results |= {result.row.target.name: result for result in others}
     return [results[row.target.name] for row in rows]
@@ -339,11 +341,4 @@ def report_of(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outp
 
 @phase("put")
 def put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
-    _put_weight(prepared, swap, row, row.format.decode(solution.codes, solution.grid))
-
-
-@phase("put")
-def _put_weight(prepared: Prepared, swap: WeightSwap, row: Row, weight: Tensor) -> None:
-    parameter = prepared.model.model.get_parameter(row.target.parameter)
-    stored = row.target.stored(weight.to(prepared.model.dtype))
-    swap.replace(row.target.parameter, parameter, stored, row.target.expert)
+    swap.put(prepared.model, row.target, row.format.decode(solution.codes, solution.grid))

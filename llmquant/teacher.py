@@ -72,9 +72,8 @@ def last_states(streams: Streams, progress: Callable[[int, int], None]) -> list[
     streams.quantized.clear()
     for block in range(len(model.block_names)):
         progress(block, len(model.block_names))
-        model.load_block(block)
-        streams.forward(block)
-        model.unload_block(block)
+        with model.loaded(block):
+            streams.forward(block)
     return [states for part in streams.reference for states in part]
 
 

@@ -1,4 +1,4 @@
-"""Which rotation is worth it, found out by trying: every matrix is rounded to nearest, and nothing of it is kept."""
+"""What rounding costs a model, found out by trying: matrices are rounded to nearest, and nothing of it is kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.estimate import Row
 from llmquant.metrics import Tally
-from llmquant.solvers import SOLVERS
+from llmquant.swap import WeightSwap
 
 WINDOWS, LENGTH = 8, 64  # of random tokens
 # A rotation is taken if it leaves no more of the divergence than this. Where weights hide outliers one left a tenth,
@@ -20,37 +20,39 @@ WINDOWS, LENGTH = 8, 64  # of random tokens
 WINS = 0.8
 
 
+def rounded(row: Row, weight: Tensor) -> Tensor:
+    """weight (out, in) -> what it is in the row's format, rounded to nearest, float32."""
+    codes, grid = row.format.quantize(weight.float(), clip=row.rule.options.get("clip", "search"))
+    return row.format.decode(codes, grid)
+
+
 @torch.no_grad()
 def divergence(
     model: StreamedModel,
     rows: Sequence[Row],
     windows: Tensor,
+    batch: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """KL(model || model with its rows rounded to nearest), nats a token.
+    """KL(model || model with its rows rounded to nearest), nats a token, with one block in memory at a time.
 
-    windows (n, length) int64: what is shown to both. rows: those outside the blocks are left as they are. progress:
-    blocks done, of all. Raises VerificationError where logits are not finite.
+    windows (n, length) int64: what is shown to both, `batch` at once. rows: those outside the blocks are left as they
+    are. progress: blocks done, of all. Raises VerificationError where logits are not finite.
     """
-    streams = Streams.start(model, windows, len(windows), lambda done, total: None)
+    streams = Streams.start(model, windows, batch, lambda done, total: None)
     for block in range(len(model.block_names)):
-        model.load_block(block)
-        swap = WeightSwap()
-        for row in (row for row in rows if row.block == block):
-            w = row.target.matrix(model.module(row.target)).detach().float()
-            solution = SOLVERS["rtn"](w, None, row.format, clip=row.rule.options.get("clip", "search"))
-            stored = row.target.stored(row.format.decode(solution.codes, solution.grid).to(model.dtype))
-            parameter = model.model.get_parameter(row.target.parameter)
-            swap.replace(row.target.parameter, parameter, stored, row.target.expert)
-        streams.advance(block, swap)
-        model.unload_block(block)
+        with model.loaded(block):
+            swap = WeightSwap()
+            for row in (row for row in rows if row.block == block):
+                swap.put(model, row.target, rounded(row, row.target.matrix(model.module(row.target)).detach()))
+            streams.advance(block, swap)
         progress(block + 1, len(model.block_names))
     tally = Tally(model.config.get_text_config().vocab_size)
-    sides = [torch.cat(states) for states in (streams.reference, streams.quantized)]
-    model.load_outside()
-    for window, *hidden in zip(windows.split(1), *(states.split(1) for states in sides), strict=True):
-        tally.add(window[0, 1:].to(model.device), *(model.logits(window, states)[0, :-1] for states in hidden))
-    model.unload_outside()
+    sides = [[states for part in parts for states in part.split(1)] for parts in (streams.reference, streams.quantized)]
+    with model.loaded(None):
+        for window, *hidden in zip(windows.split(1), *sides, strict=True):
+            logits = [model.logits(window, states.to(model.device))[0, :-1] for states in hidden]
+            tally.add(window[0, 1:].to(model.device), *logits)
     return tally.divergence().mean
 
 

@@ -118,7 +118,7 @@ def test_matrices_that_read_one_tensor_have_one_format_and_so_have_all_experts_o
         for block in range(len(run.model.block_names)):
             own = [part for part in sets if part.block == block]
             names = [{row.target.listed.rpartition(".")[2] for row in part.rows} for part in own]
-            assert sorted(names, key=str) == sorted(expected, key=str)
+            assert sorted(names, key=sorted) == sorted(expected, key=sorted)
             assert sum(len(part.rows) for part in own) == len(run.plan.of_block(block))
         assert (costs[:, 0] > costs[:, 1]).all()
 

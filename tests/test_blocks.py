@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaForCausalLM, Pre
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from llmquant import blocks
-from llmquant.blocks import StreamedModel, TensorSource
+from llmquant.blocks import StreamedModel
+from llmquant.checkpoint import TensorSource
 from llmquant.errors import CheckpointError, PlanError
 from llmquant.matrices import Target
 

@@ -14,9 +14,10 @@ from architectures import make_checkpoint
 from test_text import BOS, EOS, drawn_by_hand, ids, letters, tiny
 from transformers import PreTrainedTokenizerFast
 
-from llmquant import chats, pipeline, text
+from llmquant import chats, pipeline, sampling, text
 from llmquant.errors import DataError
 from llmquant.recipe import Recipe
+from llmquant.shown import asked_windows
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{{ eos_token }}"
@@ -145,17 +146,17 @@ def conversation_by_hand(
 def test_every_second_window_is_a_conversation_under_the_seeds_numbers() -> None:
     model, turns, stops = tiny(eos_token_id=[1, 7, 8, 9]), chats.Turns([0, 20, 21], [1, 22, 23]), {1, 7, 8, 9}
     uniform = torch.rand(5, 40, generator=torch.Generator().manual_seed(11), dtype=torch.float64).tolist()
-    found = text.sample_windows(model, bos_token_id=0, count=5, length=40, seed=11, turns=turns)
-    plain = text.sample_windows(model, bos_token_id=0, count=5, length=40, seed=11)
+    found = sampling.sample_windows(model, bos_token_id=0, count=5, length=40, seed=11, turns=turns)
+    plain = sampling.sample_windows(model, bos_token_id=0, count=5, length=40, seed=11)
     assert torch.equal(found[::2], plain[::2])
     expected = [conversation_by_hand(model, uniform[row], turns.opening, turns.reply, stops) for row in (1, 3)]
     assert found[1::2].tolist() == expected
     answers = [row[start - 2 : start + 1] for row in expected for start, token in enumerate(row) if token == 23]
     assert [*turns.reply] in answers  # a question ended, and the answer began
-    smaller = text.sample_windows(model, bos_token_id=0, count=5, length=40, seed=11, turns=turns, batch=1)
+    smaller = sampling.sample_windows(model, bos_token_id=0, count=5, length=40, seed=11, turns=turns, batch=1)
     assert torch.equal(found, smaller)
     told: list[tuple[int, int]] = []
-    text.sample_windows(
+    sampling.sample_windows(
         model, bos_token_id=0, count=1, length=8, seed=1, turns=turns, progress=lambda *now: told.append(now)
     )
     assert told[-1] == (8, 8)
@@ -165,7 +166,7 @@ def test_without_stop_tokens_the_templates_next_token_ends_a_turn() -> None:
     """As the [/INST] of models that know no stop token for a question."""
     model, turns = tiny(eos_token_id=None), chats.Turns([0, 20], [3, 22])
     uniform = torch.rand(8, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64).tolist()
-    found = text.sample_windows(model, bos_token_id=0, count=8, length=40, seed=2, turns=turns)[1::2]
+    found = sampling.sample_windows(model, bos_token_id=0, count=8, length=40, seed=2, turns=turns)[1::2]
     expected = [conversation_by_hand(model, uniform[row], [0, 20], [3, 22], set()) for row in (1, 3, 5, 7)]
     assert found.tolist() == expected
     assert any(pair == (3, 22) for row in expected for pair in pairwise(row))
@@ -173,7 +174,7 @@ def test_without_stop_tokens_the_templates_next_token_ends_a_turn() -> None:
 
 def test_a_template_of_tokens_that_the_model_has_not_is_refused() -> None:
     with pytest.raises(DataError, match="special token 32, the model's vocabulary ends at 31"):
-        text.sample_windows(tiny(), bos_token_id=0, count=2, length=8, seed=0, turns=chats.Turns([0, 32], [1]))
+        sampling.sample_windows(tiny(), bos_token_id=0, count=2, length=8, seed=0, turns=chats.Turns([0, 32], [1]))
 
 
 def prepared(model: Path, output: Path, length: int) -> pipeline.Prepared:
@@ -189,7 +190,7 @@ def test_a_run_samples_conversations_where_the_tokenizer_has_a_template(
     def windows(length: int = 48) -> torch.Tensor:
         ready = prepared(model, tmp_path / "out", length)
         assert ready.job.calibration is not None
-        return pipeline.shown_windows(ready, ready.job.calibration, pipeline.silent)
+        return asked_windows(ready, ready.job.calibration, pipeline.silent)
 
     letters().save_pretrained(model)
     plain = windows()

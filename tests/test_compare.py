@@ -14,7 +14,7 @@ from test_text import letters, tiny
 
 from llmquant import recipe
 from llmquant.errors import DataError
-from llmquant.text import sample_windows
+from llmquant.sampling import sample_windows
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "eval"))

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant import card, domain, metrics, pipeline, report, text
+from llmquant import card, domain, metrics, pipeline, report, sampling, text
 from llmquant.blocks import StreamedModel
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import DataError
@@ -52,7 +52,7 @@ def windows_of(pycode: Path, documents: list[str], count: int, length: int) -> T
 def own(pycode: Path) -> Tensor:
     """What the bundled model writes."""
     model = AutoModelForCausalLM.from_pretrained(pycode, dtype=torch.float32)
-    return text.sample_windows(model, bos_token_id=model.config.bos_token_id, count=16, length=64, seed=0)
+    return sampling.sample_windows(model, bos_token_id=model.config.bos_token_id, count=16, length=64, seed=0)
 
 
 def by_hand(model: torch.nn.Module, windows: Tensor) -> float:
@@ -100,7 +100,7 @@ def shown(folder: Path, tokens: Tensor, *, check: bool = True) -> pipeline.Calib
 
 def samples(folder: Path, count: int) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return text.sample_windows(model, bos_token_id=model.config.bos_token_id, count=count, length=32, seed=0)
+    return sampling.sample_windows(model, bos_token_id=model.config.bos_token_id, count=count, length=32, seed=0)
 
 
 def noise(count: int) -> Tensor:

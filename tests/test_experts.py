@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import llmquant
 from llmquant import calibration, formats, pipeline, verification
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap, stages
+from llmquant.calibration import Streams
 from llmquant.checkpoint import Checkpoint
 from llmquant.errors import CheckpointError, VerificationError
 from llmquant.experts import Watch, layout
@@ -26,6 +26,7 @@ from llmquant.metrics import stored_size
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import gptq
 from llmquant.stats import Stats
+from llmquant.swap import WeightSwap
 
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
 WINDOWS = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(2))
@@ -102,7 +103,7 @@ def test_each_expert_is_calibrated_on_the_tokens_sent_to_it(name: str, tmp_path:
         streams = Streams.start(model, WINDOWS, 4, lambda done, total: None)
         model.load_block(0)
         found: dict[str, Stats] = {}
-        for stage in stages(model, 0, streams):
+        for stage in streams.stages(0):
             if stage.targets[0].expert is not None:
                 found |= {target.name: stats for target, stats in streams.statistics(0, stage, WeightSwap())}
     hidden, chosen = given[0]
@@ -127,7 +128,7 @@ def test_few_experts_at_a_time_have_the_same_statistics(tmp_path: Path, monkeypa
     def collect() -> list[tuple[str, Stats]]:
         streams = Streams.start(model, WINDOWS, 4, lambda done, total: None)
         model.load_block(0)
-        stage = next(stage for stage in stages(model, 0, streams) if "down_proj" in stage.targets[0].name)
+        stage = next(stage for stage in streams.stages(0) if "down_proj" in stage.targets[0].name)
         module = model.module(stage.targets[0])
         swap = WeightSwap()
         swap.replace("gate", module.get_parameter("gate_up_proj"), module.get_parameter("gate_up_proj").data * 0.9)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmquant import metrics, text
+from llmquant import metrics, sampling, text
 from llmquant.errors import CheckpointError, DataError, VerificationError
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ def test_a_trained_model_has_its_known_perplexity() -> None:
     windows = windows[torch.linspace(0, len(windows) - 1, 128, dtype=torch.float64).long()]
     assert metrics.perplexity(model, windows).perplexity == pytest.approx(4.231, abs=0.0005)
 
-    samples = text.sample_windows(model, bos_token_id=1, count=16, length=64, seed=0)
+    samples = sampling.sample_windows(model, bos_token_id=1, count=16, length=64, seed=0)
     assert metrics.perplexity(model, samples).nll < 2  # it finds its own text likely: ln 512 is 6.2
     assert "Once upon a time" in tokenizer.batch_decode(samples)[0]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import llmquant
-from llmquant import formats, inspection, pipeline, text
+from llmquant import formats, inspection, pipeline, sampling
 from llmquant.blocks import StreamedModel
-from llmquant.calibration import Streams, WeightSwap
+from llmquant.calibration import Streams
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import DataError, OutputError, PlanError
 from llmquant.formats import Format, Grid
@@ -25,6 +25,7 @@ from llmquant.output import CALIBRATION
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import Solution, gptq
 from llmquant.stats import Stats
+from llmquant.swap import WeightSwap
 
 SMALL = pipeline.Calibration("self", samples=4, length=32, batch=2)
 
@@ -40,7 +41,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> torch.nn.Module:
+def dense_twin(model: Path, folder: Path, kind: Any = AutoModelForCausalLM) -> Any:
     """The original model, a `kind`, with the matrices replaced by what the folder's tensors decode to."""
     stored: dict[str, Tensor] = {}
     for shard in folder.glob("*.safetensors"):
@@ -117,7 +118,7 @@ def test_of_a_model_that_sees_the_language_part_is_quantized(name: str, tmp_path
 def test_given_tokens_give_the_bytes_that_the_same_tokens_from_elsewhere_give(pycode: Path, tmp_path: Path) -> None:
     quantize(pycode, tmp_path / "own", calibration=SMALL)
     model = AutoModelForCausalLM.from_pretrained(pycode)
-    tokens = text.sample_windows(model, bos_token_id=model.config.bos_token_id, count=4, length=32, seed=0)
+    tokens = sampling.sample_windows(model, bos_token_id=model.config.bos_token_id, count=4, length=32, seed=0)
     path = tmp_path / "tokens.safetensors"
     save_file({"tokens": torch.cat([tokens, tokens])}, path)
     given = pipeline.Calibration(str(path), samples=4, batch=2)  # the length is that of the file

@@ -170,7 +170,7 @@ def test_a_trial_is_the_divergence_of_the_run_that_it_stands_for(pycode: Path, t
         AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (pycode, tmp_path / "out")
     )
     expected = metrics.divergence(reference, loaded, windows).mean
-    assert trial.divergence(model, rows, windows) == pytest.approx(expected, rel=1e-3)
+    assert trial.divergence(model, rows, windows, 4) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_rotation_is_chosen_where_weights_hide_outliers(pycode: Path, hidden: Path, tmp_path: Path) -> None:

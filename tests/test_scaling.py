@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from llmquant import formats, inspection, metrics, pipeline, scaling, text
 from llmquant.output import OutputFolder
 from llmquant.recipe import Recipe, Rule
+from llmquant.shown import asked_windows
 from llmquant.stats import Stats
 
 READERS = {
@@ -89,7 +90,7 @@ def test_awq_takes_the_power_of_least_error(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     job = pipeline.Job(str(folder), Recipe.uniform("int3:g16"), SMALL)
     prepared = pipeline.prepare(job, tmp_path / "unused")
-    windows = pipeline.shown_windows(prepared, SMALL, pipeline.silent)[:3]  # the last of four is held out
+    windows = asked_windows(prepared, SMALL, pipeline.silent)[:3]  # the last of four is held out
     attention, norm = model.model.layers[0].self_attn, model.model.layers[0].input_layernorm
     linears: list[nn.Linear] = [attention.q_proj, attention.k_proj, attention.v_proj]
     inputs: list[Tensor] = []

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmquant import text
+from llmquant import sampling, text
 from llmquant.errors import CheckpointError, DataError, PlanError
 
 BOS, EOS = 0, 1
@@ -414,7 +414,7 @@ def test_samples_are_the_models_distribution_under_the_seeds_numbers() -> None:
     model = tiny(eos_token_id=[1, 7, 8, 9])
     uniform = torch.rand(3, 20, generator=torch.Generator().manual_seed(11), dtype=torch.float64).numpy()
     expected = [sampled_by_hand(model.eval(), row, 0, {1, 7, 8, 9}) for row in uniform]
-    found = text.sample_windows(model, bos_token_id=0, count=3, length=20, seed=11)
+    found = sampling.sample_windows(model, bos_token_id=0, count=3, length=20, seed=11)
     assert found.dtype == torch.int64
     assert found.tolist() == expected
 
@@ -422,32 +422,32 @@ def test_samples_are_the_models_distribution_under_the_seeds_numbers() -> None:
 def test_samples_do_not_depend_on_the_batch() -> None:
     model = tiny()
     told: list[tuple[int, int]] = []
-    windows = text.sample_windows(
+    windows = sampling.sample_windows(
         model, bos_token_id=0, count=5, length=12, seed=1, batch=2, progress=lambda *now: told.append(now)
     )
-    assert torch.equal(windows, text.sample_windows(model, bos_token_id=0, count=5, length=12, seed=1))
-    assert not torch.equal(windows, text.sample_windows(model, bos_token_id=0, count=5, length=12, seed=2))
+    assert torch.equal(windows, sampling.sample_windows(model, bos_token_id=0, count=5, length=12, seed=1))
+    assert not torch.equal(windows, sampling.sample_windows(model, bos_token_id=0, count=5, length=12, seed=2))
     assert told == sorted(told)
     assert told[-1] == (60, 60)
 
 
 def test_a_stop_token_is_followed_by_a_new_document() -> None:
     stops = set(range(1, 16))
-    windows = text.sample_windows(tiny(eos_token_id=sorted(stops)), bos_token_id=0, count=8, length=16, seed=0)
+    windows = sampling.sample_windows(tiny(eos_token_id=sorted(stops)), bos_token_id=0, count=8, length=16, seed=0)
     pairs = [pair for row in windows.tolist() for pair in pairwise(row)]
     assert any(before in stops for before, _ in pairs)
     assert all(after == 0 for before, after in pairs if before in stops)
 
 
 def test_where_bos_is_also_the_stop_token_documents_are_not_empty() -> None:
-    windows = text.sample_windows(tiny(eos_token_id=0), bos_token_id=0, count=4, length=16, seed=0)
+    windows = sampling.sample_windows(tiny(eos_token_id=0), bos_token_id=0, count=4, length=16, seed=0)
     assert windows[:, 0].eq(0).all()
     assert windows[:, 1:].ne(0).float().mean() > 0.5
 
 
 def test_without_bos_the_first_token_is_random_and_nothing_is_forced() -> None:
     model = tiny(bos_token_id=None)
-    windows = text.sample_windows(model, bos_token_id=None, count=64, length=2, seed=0)
+    windows = sampling.sample_windows(model, bos_token_id=None, count=64, length=2, seed=0)
     assert len(windows[:, 0].unique()) > 20
     assert ((windows >= 0) & (windows < 32)).all()
 
@@ -455,7 +455,7 @@ def test_without_bos_the_first_token_is_random_and_nothing_is_forced() -> None:
 def test_sampling_leaves_the_model_and_the_global_seed_alone() -> None:
     model = tiny().train()
     before = torch.random.get_rng_state()
-    text.sample_windows(model, bos_token_id=0, count=2, length=4, seed=0)
+    sampling.sample_windows(model, bos_token_id=0, count=2, length=4, seed=0)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -465,7 +465,7 @@ def test_a_damaged_model_writes_nothing() -> None:
     model = tiny()
     model.lm_head.weight.data[3, 0] = torch.nan
     with pytest.raises(DataError, match="not finite"):
-        text.sample_windows(model, bos_token_id=0, count=2, length=4, seed=0)
+        sampling.sample_windows(model, bos_token_id=0, count=2, length=4, seed=0)
 
 
 def test_a_model_without_cache_is_refused() -> None:
@@ -473,12 +473,12 @@ def test_a_model_without_cache_is_refused() -> None:
     forward = model.forward
     model.forward = lambda **inputs: SimpleNamespace(logits=forward(input_ids=inputs["input_ids"]).logits)
     with pytest.raises(DataError, match="no key-value cache"):
-        text.sample_windows(model, bos_token_id=0, count=2, length=4, seed=0)
+        sampling.sample_windows(model, bos_token_id=0, count=2, length=4, seed=0)
 
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(4, 1)
     uniform = torch.tensor([0.0, 0.5 - 1e-12, 0.5, 1 - 1e-16], dtype=torch.float64)
-    chosen, finite = text._draw(logits, uniform)
+    chosen, finite = sampling._draw(logits, uniform)
     assert chosen.tolist() == [1, 1, 3, 3]
     assert finite.all()

@@ -48,9 +48,7 @@ class Matrix:
 
     def named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """{suffix: stored tensor} out of tensors by their names in the file; of an expert its own part of them."""
-        found = {suffix: tensors[self.base + suffix] for suffix in self.format.layout(self.target.shape)}
-        expert = self.target.expert
-        return found if expert is None else {suffix: tensor[expert] for suffix, tensor in found.items()}
+        return self.format.named(tensors, self.key, self.target.shape, self.target.expert)
 
     def decoded(self, tensors: dict[str, Tensor]) -> Tensor:
         """(out, in) float32"""

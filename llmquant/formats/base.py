@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,6 +233,17 @@ class Format(ABC):
     @abstractmethod
     def weights_in(self, shapes: dict[str, tuple[int, ...]]) -> int:
         """How many weights are stored in tensors of these shapes, by suffix, if `weight_shape` is not among them."""
+
+    def pieces(self, key: str, shape: tuple[int, int]) -> dict[str, str]:
+        """Name in a file -> suffix, of all that a weight is stored as which is `key` there when it is dense."""
+        return {key.removesuffix("weight") + suffix: suffix for suffix in self.layout(shape)}
+
+    def named(
+        self, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, int], expert: int | None = None
+    ) -> dict[str, Tensor]:
+        """Suffix -> piece of a weight, out of a file's tensors; of an expert its part of what lies stacked there."""
+        found = {suffix: tensors[name] for name, suffix in self.pieces(key, shape).items()}
+        return found if expert is None else {suffix: stack[expert] for suffix, stack in found.items()}
 
     def facts(self, shape: tuple[int, int]) -> Facts:
         """All that the choice of a kernel for a weight of this shape depends on."""
