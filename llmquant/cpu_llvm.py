@@ -1,6 +1,6 @@
 """The loops over the codes of a weight on a CPU, written in LLVM's language and compiled by numba for one format each.
 
-Eight codes at a time are cut out of the stream of bits, become levels in one of four ways and take the scale of their
+Eight codes at a time are cut out of the stream of bits, become levels in one of three ways and take the scale of their
 group. They are written as vectors of eight, since compilers do not find by themselves that two instructions of AVX2
 look up eight numbers in a table of sixteen. It is plain LLVM, for any processor.
 """
@@ -16,14 +16,14 @@ from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmquant_kernels.cpu_compiled import FLOAT, INTEGER, MAGNITUDE, TABLE, TRITS
+from llmquant_kernels.cpu_compiled import FLOAT, INTEGER, TABLE, TRITS
 
 LANES = 8
 TOGETHER = 4  # rows of the weight that share what is loaded of x
 PAIR = 2  # rows of x that share what is loaded of the weight
 SUMS = 4  # of a dot product, side by side: no addition waits for the last one
 
-BYTE, INT16, INT32, INT64, FLOAT32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
+BYTE, INT16, INT32, INT64, FLOAT32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 BYTES, SHORTS, INTS, FLOATS = (ir.VectorType(kind, LANES) for kind in (BYTE, INT16, INT32, FLOAT32))
 
 
@@ -171,18 +171,20 @@ def _reading(b: Any, kind: Loop) -> Callable[[Any], Any]:
     bits = kind.bits
     if kind.way == TRITS:  # levels, which lie there already
         return lambda at: _load(b, at, FLOATS)
-    if bits == 8:
-        return lambda at: b.shl(b.zext(_load(b, at, BYTES), INTS), _constant(24))
-    if bits <= 4:  # in one word
+    if bits <= 4:  # in one word, which goes to every lane of 32 bits
         shift = _constant([32 - bits * (lane + 1) for lane in range(LANES)])
         return lambda at: b.shl(_splat(b, _load(b, at, INT32), INTS), shift)
-    # In two, four lanes of each. The second begins at the byte where the fifth code does.
-    second, late = divmod(4 * bits, 8)
-    shift = _constant([32 - bits * (lane % 4 + 1) - late * (lane // 4) for lane in range(LANES)])
+    # Each lies in two bytes, which go to a lane of 16 bits.
+    starts = [divmod(bits * lane, 8) for lane in range(LANES)]
+    places = [place + i for place, _ in starts for i in (0, 1)]
+    pairs = ir.Constant(ir.VectorType(INT32, 2 * LANES), [min(place, 7) for place in places])
+    shift = _constant([16 - bits - late for _, late in starts], SHORTS)
 
     def read(at: Any) -> Any:
-        words = _splat(b, _load(b, at, INT32), INTS), _splat(b, _load(b, at, INT32, _long(second)), INTS)
-        return b.shl(b.shuffle_vector(*words, _constant([0] * 4 + [8] * 4)), shift)
+        eight = _load(b, at, BYTES)
+        if bits == 8:
+            return b.shl(b.zext(eight, SHORTS), shift)
+        return b.shl(b.bitcast(b.shuffle_vector(eight, eight, pairs), SHORTS), shift)
 
     return read
 
@@ -191,14 +193,14 @@ def _reading(b: Any, kind: Loop) -> Callable[[Any], Any]:
 
 
 def _from_table(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
-    """Sixteen levels, eight in each of two registers, by the upper four bits: a table of fewer repeats each of them.
-
-    Of codes of more bits, one by one.
-    """
+    """Of up to sixteen levels, eight in each of two registers; of more, one by one."""
     halves = [_load(b, table, FLOATS, _long(offset)) for offset in (0, 32)]
 
     def element(half: Any, places: Any, lane: Any) -> Any:
         return b.extract_element(half, b.extract_element(places, lane))
+
+    def of_eight(codes: Any) -> Any:
+        return _each(b, FLOATS, partial(element, halves[0], b.lshr(codes, _constant(32 - kind.bits))))
 
     def of_sixteen(codes: Any) -> Any:
         places = b.and_(b.lshr(codes, _constant(28)), _constant(7))
@@ -206,49 +208,44 @@ def _from_table(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
         return b.select(b.icmp_signed("<", codes, _constant(0)), second, first)
 
     def of_many(codes: Any) -> Any:
-        places = b.lshr(codes, _constant(32 - kind.bits))
+        places = b.lshr(codes, _constant(16 - kind.bits, SHORTS))
 
         def lane(i: Any) -> Any:
             return _load(b, table, FLOAT32, b.shl(b.zext(b.extract_element(places, i), INT64), _long(2)))
 
         return _each(b, FLOATS, lane)
 
-    return of_sixteen if kind.bits <= 4 else of_many
+    return of_eight if kind.bits < 4 else of_sixteen if kind.bits == 4 else of_many
 
 
 def _as_integer(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
     """With the bit of the sign turned over codes count from the least."""
-    down = 32 - kind.bits
+    down = 16 - kind.bits
 
     def level(codes: Any) -> Any:
-        codes = b.xor(codes, _constant(kind.sign << down)) if kind.sign else codes
-        return b.sitofp(b.sub(b.lshr(codes, _constant(down)), _constant(kind.least)), FLOATS)
-
-    return level
-
-
-def _as_magnitude(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
-    def level(codes: Any) -> Any:
-        size = b.lshr(b.shl(codes, _constant(1)), _constant(33 - kind.bits))
-        sign = b.ashr(codes, _constant(31))
-        return b.sitofp(b.sub(b.xor(size, sign), sign), FLOATS)
+        codes = b.xor(codes, _constant(kind.sign << down, SHORTS)) if kind.sign else codes
+        size = b.zext(b.lshr(codes, _constant(down, SHORTS)), INTS)
+        return b.sitofp(b.sub(size, _constant(kind.least)), FLOATS)
 
     return level
 
 
 def _as_float(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
     """Sign | exponent | mantissa, as the upper bits of half precision, which processors convert, subnormal or not."""
-    exponents, down, greatest = kind.bits - 1 - kind.mantissa, 10 - kind.mantissa, kind.sign - 1
+    exponents, down, greatest = (kind.bits - 1 - kind.mantissa, 10 - kind.mantissa, kind.sign - 1)
 
     def level(codes: Any) -> Any:
-        upper = b.ashr(b.trunc(b.lshr(codes, _constant(16)), SHORTS), _constant(5 - exponents, SHORTS))
+        upper = b.ashr(codes, _constant(5 - exponents, SHORTS))
         value = b.and_(upper, _constant(greatest << down | -(2**15), SHORTS))
         if kind.largest < greatest:
             size = b.and_(upper, _constant(greatest << down, SHORTS))
             beyond = b.icmp_signed(">", size, _constant(kind.largest << down, SHORTS))
             value = b.or_(value, b.sext(beyond, SHORTS))  # all bits: NaN
         value = b.fpext(b.bitcast(value, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
-        return b.fmul(value, _constant(2.0**kind.exponent, FLOATS)) if kind.exponent else value
+        if kind.sums and not kind.moved:
+            return value  # what the exponent says is left for the sum, and zeros may have a sign
+        value = b.fmul(value, _constant(2.0**kind.exponent, FLOATS))
+        return b.fadd(value, _constant(0.0, FLOATS)) if kind.least else value
 
     return level
 
@@ -257,7 +254,7 @@ def _as_it_is(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
     return lambda levels: levels
 
 
-LEVELS = {TABLE: _from_table, INTEGER: _as_integer, MAGNITUDE: _as_magnitude, FLOAT: _as_float, TRITS: _as_it_is}
+LEVELS = {TABLE: _from_table, INTEGER: _as_integer, FLOAT: _as_float, TRITS: _as_it_is}
 
 
 # ---- loops
@@ -266,7 +263,7 @@ LEVELS = {TABLE: _from_table, INTEGER: _as_integer, MAGNITUDE: _as_magnitude, FL
 def _over_codes(b: Any, kind: Loop, given: Given) -> None:
     """Write ``(level - zero) * scale * half + offset`` to target, or add to it the sum of these times x."""
     read, level = _reading(b, kind), LEVELS[kind.way](b, kind, given.table)
-    width, per = _long(32 if kind.way == TRITS else kind.bits), _long(kind.chunks) if kind.chunks else given.per
+    width, per = (_long(32 if kind.way == TRITS else kind.bits), _long(kind.chunks) if kind.chunks else given.per)
     sums = [cgutils.alloca_once_value(b, _constant(0.0, FLOATS)) for _ in range(kind.sums)]
     scale_of, change = _grids(b, kind, given)
     with cgutils.for_range(b, b.udiv(b.add(given.chunks, b.sub(per, _long(1))), per)) as group:
@@ -276,7 +273,7 @@ def _over_codes(b: Any, kind: Loop, given: Given) -> None:
             i = b.add(first, chunk)
             value = change(level(read(b.add(given.source, b.mul(i, width)))), place, *grid)
             if sums:
-                total, other = sums[place % len(sums)], _load(b, given.x, FLOATS, b.shl(i, _long(5)))
+                total, other = (sums[place % len(sums)], _load(b, given.x, FLOATS, b.shl(i, _long(5))))
                 b.store(_fused(b, value, other, b.load(total)), total)
             else:
                 _store(b, value, given.target, b.shl(i, _long(5)))
@@ -291,7 +288,11 @@ def _over_codes(b: Any, kind: Loop, given: Given) -> None:
         total = b.load(sums[0])
         for other in sums[1:]:
             total = b.fadd(total, b.load(other))
-        _store(b, b.fadd(_load(b, given.target, FLOAT32), _sum(b, total)), given.target)
+        total = _sum(b, total)
+        if not kind.moved:  # what is the same for the whole row
+            total = b.fmul(total, ir.Constant(FLOAT32, 2.0**kind.exponent))
+            total = b.fmul(total, _load(b, given.outer, FLOAT32)) if kind.outer else total
+        _store(b, b.fadd(_load(b, given.target, FLOAT32), total), given.target)
 
 
 def _steps(b: Any, count: Any, together: int, one: Callable[[Any, int], None]) -> None:
@@ -309,7 +310,7 @@ def _steps(b: Any, count: Any, together: int, one: Callable[[Any, int], None]) -
 def _grids(b: Any, kind: Loop, given: Given) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What a group has, as a function of its number; and levels changed by that: a function of these, the place of the
     eight in the group, and what the former gives."""
-    outer = _splat(b, _load(b, given.outer, FLOAT32)) if kind.outer else None
+    outer = _load(b, given.outer, FLOAT32) if kind.outer and (kind.moved or not kind.sums) else None
 
     def of_group(g: Any) -> list[Any]:
         at = b.mul(g, _long(kind.scale_width))
@@ -318,22 +319,21 @@ def _grids(b: Any, kind: Loop, given: Given) -> tuple[Callable[..., Any], Callab
         else:
             code = _load(b, given.scale, ir.IntType(8 * kind.scale_width), at)
             scale = _load(b, given.scales, FLOAT32, b.shl(b.zext(code, INT64), _long(2)))
-        scale, zero, offset, micro = _splat(b, scale), None, None, None
-        if outer is not None:
-            scale = b.fmul(scale, outer)
+        scale = _splat(b, scale if outer is None else b.fmul(scale, outer))
+        half, zero, offset, micro = None, None, None, None
         if kind.moved:
             zero = _splat(b, _load(b, given.zero, FLOAT32, b.mul(g, given.zero_step)))
             offset = _splat(b, _load(b, given.offset, FLOAT32, b.mul(g, given.offset_step)))
         if kind.halved:
             micro = _splat(b, b.zext(_load(b, given.micro, BYTE, g), INT32), INTS)
-        return [scale, zero, offset, micro]
+            half = b.fmul(scale, _constant(0.5, FLOATS))
+        return [scale, half, zero, offset, micro]
 
-    def change(value: Any, place: int, scale: Any, zero: Any, offset: Any, micro: Any) -> Any:
-        value = b.fmul(b.fsub(value, zero) if kind.moved else value, scale)
+    def change(value: Any, place: int, scale: Any, half: Any, zero: Any, offset: Any, micro: Any) -> Any:
         if kind.halved:
-            shifts = _constant([23 - 4 * place - lane // 2 for lane in range(LANES)])
-            bit = b.and_(b.shl(micro, shifts), _constant(1 << 23))
-            value = b.fmul(value, b.bitcast(b.sub(_constant(0x3F800000), bit), FLOATS))  # 1 or 1/2
+            bits = b.shl(micro, _constant([31 - 4 * place - lane // 2 for lane in range(LANES)]))
+            scale = b.select(b.icmp_signed("<", bits, _constant(0)), half, scale)
+        value = b.fmul(b.fsub(value, zero) if kind.moved else value, scale)
         return b.fadd(value, offset) if kind.moved else value
 
     return of_group, change

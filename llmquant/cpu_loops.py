@@ -9,10 +9,12 @@ kept on disk.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,14 +75,14 @@ def multiply(weight: Weight, x: Tensor) -> Tensor:
     x = functional.pad(x, (0, -columns % LANES))
     y = torch.zeros(-(-weight.rows // TOGETHER) * TOGETHER, count)
     _in_threads(
-        0, weight.rows, columns * count, partial(_multiply, weight, x.data_ptr(), x.shape[1], y.data_ptr(), count)
+        0, weight.rows, columns * count, partial(_multiply_rows, weight, x.data_ptr(), x.shape[1], y.data_ptr(), count)
     )
     return y[: weight.rows].t().contiguous()
 
 
 def decode(weight: Weight, start: int, out: Tensor) -> None:
     """Write the rows of the weight from `start` on to out (rows, in), float32 or bfloat16, contiguous."""
-    work = partial(_decode, weight, out.data_ptr(), out.element_size(), start)
+    work = partial(_decode_rows, weight, out.data_ptr(), out.element_size(), start)
     _in_threads(start, start + len(out), weight.columns, work)
 
 
@@ -165,8 +167,7 @@ def _in_threads(start: int, stop: int, each: int, work: Callable[[int, int], Non
 # ---- compiled
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    return partial(cpu_llvm.kept_on_disk, partial(njit, nogil=True, error_model="numpy", **options))
+_compiled = partial(njit, nogil=True, error_model="numpy")
 
 
 @_compiled(inline="always")
@@ -202,8 +203,8 @@ def _run(w, loop, source, r, first, chunks, target, x):  # type: ignore[no-untyp
     g = first // w.group
     scale = w.neutral if w.apart else w.scale + r * w.scale_stride + w.scale_width * g
     outer, table = w.outer + r * w.outer_stride, w.table + r * w.table_stride
-    zero, offset = w.zero + r * w.zero_stride + w.zero_step * g, w.offset + r * w.offset_stride + w.offset_step * g
-    micro, per = w.micro + r * w.micro_stride + g, chunks if w.apart or w.groups == 1 else w.group // LANES
+    zero, offset = (w.zero + r * w.zero_stride + w.zero_step * g, w.offset + r * w.offset_stride + w.offset_step * g)
+    micro, per = (w.micro + r * w.micro_stride + g, chunks if w.apart or w.groups == 1 else w.group // LANES)
     grids = scale, w.scales, outer, zero, w.zero_step, offset, w.offset_step, micro
     call((loop, source, target, x, table, *grids, chunks, per))
 
@@ -228,7 +229,7 @@ def _decode_tile(w, r, first, last, tile):  # type: ignore[no-untyped-def]
     if w.apart:
         c, g = first, first // w.group
         while c < last:
-            scale, zero = _scale_of(w, r, g), float_at(w.zero + r * w.zero_stride + w.zero_step * g)
+            scale, zero = (_scale_of(w, r, g), float_at(w.zero + r * w.zero_stride + w.zero_step * g))
             offset = float_at(w.offset + r * w.offset_stride + w.offset_step * g)
             g += 1
             end = min(last, g * w.group)
@@ -289,9 +290,26 @@ def _multiply(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-de
                 _decode_tile(w, row + r, first, last, tile[r])
             chunks = (last - first + LANES - 1) // LANES
             for m in range(0, count, PAIR):
-                places = source, stride, x + 4 * (m * width + first), 4 * width, y + 4 * (row * count + m), 4 * count
+                places = (source, stride, x + 4 * (m * width + first), 4 * width, y + 4 * (row * count + m), 4 * count)
                 if m + 1 < count:
                     cpu_llvm.products_of_pair((*places, chunks))
                 else:
                     cpu_llvm.products_of_one((*places, chunks))
             first = last
+
+
+def _entries(version: str) -> tuple[Any, Any]:
+    """What is called from here. numba compiles again where this file changes; `version` is for the other one."""
+
+    def decoding(w, out, size, origin, start, stop):  # type: ignore[no-untyped-def]
+        assert version
+        _decode(w, out, size, origin, start, stop)
+
+    def multiplying(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-def]
+        assert version
+        _multiply(w, x, width, y, count, start, stop)
+
+    return cpu_llvm.kept_on_disk(_compiled, decoding), cpu_llvm.kept_on_disk(_compiled, multiplying)
+
+
+_decode_rows, _multiply_rows = _entries(hashlib.sha256(Path(cpu_llvm.__file__).read_bytes()).hexdigest())

@@ -16,8 +16,8 @@ from torch.nn import functional
 from .weight import DTYPES, Facts, PackedWeight, Prepared
 
 # How codes become levels. TABLE: by a table of them. INTEGER: they are integers, two's complement if `sign` is not 0.
-# MAGNITUDE: sign | integer. FLOAT: sign | exponent | mantissa, times a power of two. TRITS: five digits a byte.
-TABLE, INTEGER, MAGNITUDE, FLOAT, TRITS = range(5)
+# FLOAT: sign | exponent | mantissa, times a power of two. TRITS: five digits a byte.
+TABLE, INTEGER, FLOAT, TRITS = range(4)
 # Rows of x up to which decoding row by row beats decoding in blocks followed by torch's product, float32 and bfloat16.
 ROWS, ROWS_BF16 = 32, 4
 # Weights decoded at a time, for a product of many rows.
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     shape: tuple[int, int]
     packed: Tensor  # (out, bytes) uint8
     tail: Tensor  # (bytes,) uint8: the last rows of packed once more, and 16 bytes, for words are read past the end
-    table: Tensor  # (1 or out, 16 or 2**bits) float32, levels repeated up to 16; of trits (1, 2048), eight a byte
+    table: Tensor  # (1 or out, 16 or 2**bits) float32; of trits (1, 2048), eight a byte
     scale: Tensor  # (1 or out, groups * 1, 2 or 4) uint8: the bytes of the scales
     scales: Tensor  # (256 or 65536,) float32: what they stand for, where they have 8 or 16 bits
     zero: Tensor  # (1 or out, groups) float32, or (1, 1), or (0, 0): levels are less the zero already
@@ -41,7 +41,9 @@ class Encoded(NamedTuple):
     group: int
     way: int
     sign: int  # the bit of the sign, if any
-    least: int  # of INTEGER: what is taken from codes whose bit of the sign is turned over
+    least: (
+        int  # of INTEGER: what is taken from codes whose bit of the sign is turned over; of FLOAT: 1 for no zero of -0
+    )
     mantissa: int  # of FLOAT: bits
     exponent: int  # of FLOAT: of the factor
     largest: int  # of FLOAT: the greatest code that is a number, without its sign
@@ -216,28 +218,20 @@ def _way(weight: PackedWeight) -> tuple[int, Tensor, Tensor | int, tuple[int, in
     if levels is None:
         codes = torch.arange(2**bits)
         levels = (codes ^ sign) - sign
-    elif bits > 4 and levels.dim() == 1 and _are_magnitudes(levels.float(), bits):
-        return MAGNITUDE, nothing, zero, (0, 0, 0, 0, 0)
     elif bits > 4 and levels.dim() == 1 and (found := as_floats(levels.float(), bits)):
         return FLOAT, nothing, zero, found
     table = levels.float().view(-1, 2**bits) - taken
-    return TABLE, table.repeat_interleave(max(1, 16 // 2**bits), dim=1).contiguous(), left, (0, 0, 0, 0, 0)
-
-
-def _are_magnitudes(levels: Tensor, bits: int) -> bool:
-    """Whether codes are a sign | an integer; zero has no sign."""
-    sizes = torch.arange(2.0 ** (bits - 1))
-    return torch.equal(levels.view(torch.int32), torch.cat((sizes, 0 - sizes)).view(torch.int32))
+    return TABLE, functional.pad(table, (0, max(0, 16 - 2**bits))).contiguous(), left, (0, 0, 0, 0, 0)
 
 
 def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int, int] | None:
-    """The sign's bit, 0, bits of the mantissa, exponent of a factor and the largest number that levels (2**bits,) are.
+    """The last of Encoded for levels (2**bits,) that are floating-point numbers, or integers with a sign.
 
     The codes are sign | exponent | mantissa, with subnormal numbers and NaN beyond the largest; of five bits of
     exponent the highest is for Inf. None where levels are nothing of the kind.
     """
     codes, sign = torch.arange(2**bits), 2 ** (bits - 1)
-    size = codes % sign
+    size, one_zero = codes % sign, not levels[sign].signbit()
     if not 0 < levels[1] < torch.inf:
         return None
     for mantissa in range(max(0, bits - 6), min(bits, 11)):
@@ -249,11 +243,11 @@ def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int, int] | Non
             continue
         nan = levels[:sign].isnan().nonzero()
         largest = int(nan[0]) - 1 if len(nan) else sign - 1
-        expected = torch.where(size > largest, torch.nan, values * factor)
+        expected = torch.where(size > largest, torch.nan, values * factor + (0.0 if one_zero else -0.0))
         if torch.equal(expected.nan_to_num(7e30), levels.nan_to_num(7e30)) and torch.equal(
             expected.signbit() & ~expected.isnan(), levels.signbit() & ~levels.isnan()
         ):
-            return sign, 0, mantissa, exponent, largest
+            return sign, int(one_zero), mantissa, exponent, largest
     return None
 
 
