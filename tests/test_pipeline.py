@@ -115,14 +115,14 @@ def test_of_a_model_that_sees_the_language_part_is_quantized(name: str, tmp_path
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in eyes.items())
 
 
-def test_given_tokens_give_the_bytes_that_the_same_tokens_from_elsewhere_give(pycode: Path, tmp_path: Path) -> None:
-    quantize(pycode, tmp_path / "own", calibration=SMALL)
-    model = AutoModelForCausalLM.from_pretrained(pycode)
+def test_given_tokens_give_the_bytes_that_the_same_tokens_from_elsewhere_give(tiny: Path, tmp_path: Path) -> None:
+    quantize(tiny, tmp_path / "own", calibration=SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
     tokens = sampling.sample_windows(model, bos_token_id=model.config.bos_token_id, count=4, length=32, seed=0)
     path = tmp_path / "tokens.safetensors"
     save_file({"tokens": torch.cat([tokens, tokens])}, path)
     given = pipeline.Calibration(str(path), samples=4, batch=2)  # the length is that of the file
-    quantize(pycode, tmp_path / "given", calibration=given)
+    quantize(tiny, tmp_path / "given", calibration=given)
     own, found = (contents(tmp_path / name) for name in ("own", "given"))
     shards = [name for name in own if name.endswith(".safetensors")]
     assert len(shards) == 7
@@ -193,9 +193,9 @@ def test_statistics_leave_out_tokens_that_are_not_finite() -> None:
 
 
 @pytest.mark.parametrize("calibration", [None, SMALL], ids=["fast", "calibrated"])
-def test_same_seed_same_bytes(calibration: pipeline.Calibration | None, pycode: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes(calibration: pipeline.Calibration | None, tiny: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        quantize(pycode, tmp_path / name, "int3:g64", calibration=calibration)
+        quantize(tiny, tmp_path / name, "int3:g64", calibration=calibration)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -216,21 +216,21 @@ def cut_after(model: Path, output: Path, block: int, recipe: str = "int4:g32", *
         pipeline.quantize(prepared, output, progress=progress)
 
 
-def test_finished_blocks_are_not_done_again(pycode: Path, tmp_path: Path) -> None:
-    quantize(pycode, tmp_path / "whole")
-    cut_after(pycode, tmp_path / "cut", 3)
+def test_finished_blocks_are_not_done_again(tiny: Path, tmp_path: Path) -> None:
+    quantize(tiny, tmp_path / "whole")
+    cut_after(tiny, tmp_path / "cut", 3)
     shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut.partial").glob("*.safetensors")}
     assert len(shards) == 3
     assert not (tmp_path / "cut").exists()
-    quantize(pycode, tmp_path / "cut")
+    quantize(tiny, tmp_path / "cut")
     assert {name: (tmp_path / "cut" / name).stat().st_mtime_ns for name in shards} == shards
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "journal cut", "journal damaged"])
-def test_resume_does_a_damaged_block_again(damage: str, pycode: Path, tmp_path: Path) -> None:
-    quantize(pycode, tmp_path / "whole")
-    cut_after(pycode, tmp_path / "cut", 3)
+def test_resume_does_a_damaged_block_again(damage: str, tiny: Path, tmp_path: Path) -> None:
+    quantize(tiny, tmp_path / "whole")
+    cut_after(tiny, tmp_path / "cut", 3)
     shard = tmp_path / "cut.partial" / "model-00002-of-00007.safetensors"
     data = bytearray(shard.read_bytes())
     if damage == "flip":
@@ -244,51 +244,51 @@ def test_resume_does_a_damaged_block_again(damage: str, pycode: Path, tmp_path: 
         journal = tmp_path / "cut.partial" / "journal.jsonl"
         text = journal.read_text()
         journal.write_text(text[:-40] if damage == "journal cut" else text.replace('"part": 1', '"part" 1'))
-    quantize(pycode, tmp_path / "cut")
+    quantize(tiny, tmp_path / "cut")
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
 
 
-def test_resume_with_other_settings_is_refused_and_names_both(pycode: Path, tmp_path: Path) -> None:
-    cut_after(pycode, tmp_path / "out", 2)
+def test_resume_with_other_settings_is_refused_and_names_both(tiny: Path, tmp_path: Path) -> None:
+    cut_after(tiny, tmp_path / "out", 2)
     with pytest.raises(OutputError, match=r"recipe = .*int4:g32.* now recipe = .*int8:g32.*--overwrite"):
-        quantize(pycode, tmp_path / "out", "int8:g32")
+        quantize(tiny, tmp_path / "out", "int8:g32")
     with pytest.raises(OutputError, match="seed = 0, now seed = 1"):
-        quantize(pycode, tmp_path / "out", seed=1)
+        quantize(tiny, tmp_path / "out", seed=1)
 
 
-def test_a_run_begun_anew_forgets_the_calibration_of_the_old(pycode: Path, tmp_path: Path) -> None:
+def test_a_run_begun_anew_forgets_the_calibration_of_the_old(tiny: Path, tmp_path: Path) -> None:
     other = pipeline.Calibration("self", samples=3, length=16, batch=2)
-    cut_after(pycode, tmp_path / "out", 1, calibration=other)
-    job = pipeline.Job(str(pycode), Recipe.uniform("int4:g32"), SMALL)
+    cut_after(tiny, tmp_path / "out", 1, calibration=other)
+    job = pipeline.Job(str(tiny), Recipe.uniform("int4:g32"), SMALL)
     pipeline.quantize(pipeline.prepare(job, tmp_path / "out"), tmp_path / "out", overwrite=True)
-    quantize(pycode, tmp_path / "fresh", calibration=SMALL)
+    quantize(tiny, tmp_path / "fresh", calibration=SMALL)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_a_cut_run_that_finished_nothing_binds_no_settings(pycode: Path, tmp_path: Path) -> None:
+def test_a_cut_run_that_finished_nothing_binds_no_settings(tiny: Path, tmp_path: Path) -> None:
     other = pipeline.Calibration("self", samples=3, length=16, batch=2)
-    cut_after(pycode, tmp_path / "out", 0, calibration=other)
+    cut_after(tiny, tmp_path / "out", 0, calibration=other)
     assert (tmp_path / "out.partial" / CALIBRATION).exists()
-    quantize(pycode, tmp_path / "out", calibration=SMALL)
-    quantize(pycode, tmp_path / "fresh", calibration=SMALL)
+    quantize(tiny, tmp_path / "out", calibration=SMALL)
+    quantize(tiny, tmp_path / "fresh", calibration=SMALL)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_a_folder_under_the_name_of_a_cut_run_is_not_cleared(pycode: Path, tmp_path: Path) -> None:
+def test_a_folder_under_the_name_of_a_cut_run_is_not_cleared(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.safetensors").write_bytes(b"kept")
     with pytest.raises(OutputError, match="is no cut run of llmquant"):
-        quantize(pycode, tmp_path / "out")
+        quantize(tiny, tmp_path / "out")
     assert (tmp_path / "out.partial" / "mine.safetensors").read_bytes() == b"kept"
 
 
-def test_two_runs_on_one_folder_are_refused(pycode: Path, tmp_path: Path) -> None:
+def test_two_runs_on_one_folder_are_refused(tiny: Path, tmp_path: Path) -> None:
     def progress(what: str, done: int, total: int) -> None:
         with pytest.raises(OutputError, match="another run is writing here"):
-            quantize(pycode, tmp_path / "out")
+            quantize(tiny, tmp_path / "out")
         raise Cut
 
-    prepared = pipeline.prepare(pipeline.Job(str(pycode), Recipe.uniform("int4:g32"), None), tmp_path / "out")
+    prepared = pipeline.prepare(pipeline.Job(str(tiny), Recipe.uniform("int4:g32"), None), tmp_path / "out")
     with pytest.raises(Cut):
         pipeline.quantize(prepared, tmp_path / "out", progress=progress)
 
