@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of six blocks, for what does not ask for a trained one: a run takes a third of the time."""
     from architectures import make_checkpoint
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
     return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "llama", max_shard_size="100KB", **sizes)
 
 
