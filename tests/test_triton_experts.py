@@ -41,7 +41,7 @@ if INTERPRETED:
     interpreter.repair_bfloat16()
     interpreter.hurry()
     from llmquant_kernels import triton_ops
-    from llmquant_kernels.triton_layout import Spec
+    from llmquant_kernels.triton_layout import Spec, tensors_of
     from llmquant_kernels.triton_settings import Device, Settings, legal
 
 interpreted = [pytest.mark.interpreted, pytest.mark.skipif(not INTERPRETED, reason="in a process of their own")]
@@ -77,10 +77,9 @@ def check(weight: PackedWeight, exact: Tensor, dtype: torch.dtype, tokens: list[
     x = (torch.randn(sum(tokens) + 2, exact.shape[1], generator=torch.Generator().manual_seed(1)) + 0.5).to(dtype)
     bias = torch.randn(len(tokens), spec.rows, generator=torch.Generator().manual_seed(2)).to(dtype)
     ends = torch.tensor(tokens).cumsum(0, dtype=torch.int32)
-    parts: Any = tuple(getattr(prepared, name) for name in ("low", "high", "scale", "zero", "table", "row", "offset"))
     out = torch.full((len(x), spec.rows), torch.nan, dtype=dtype)
     one = legal(Settings(*settings, 2), spec, Device())  # type: ignore[call-arg]
-    y = triton_ops.launch(x, parts, bias, spec, one, out, ends)
+    y = triton_ops.launch(x, tensors_of(prepared), bias, spec, one, out, ends)
     assert y[int(ends[-1]) :].isnan().all()  # of no expert
     start = 0
     for expert, end in enumerate(ends.tolist()):
@@ -131,9 +130,8 @@ def test_the_operator_keeps_torchs_rules() -> None:
     experts, _ = apart(*draw(Case(4, (2 * 16, 64), 32, 8)), 2)
     prepared = TritonExperts(experts, F16)
     x, ends = torch.randn(5, 64).half(), torch.tensor([2, 5], dtype=torch.int32)
-    parts = [getattr(prepared, name) for name in ("low", "high", "scale", "zero", "table", "row", "offset")]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (x, ends, *parts, torch.randn(2, 16).half(), prepared.spec)
+    arguments = (x, ends, tensors_of(prepared), torch.randn(2, 16).half(), prepared.spec)
     torch.library.opcheck(torch.ops.llmquant.triton_grouped.default, arguments, test_utils=checks)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +103,11 @@ class Layout:
     row: Tensor  # (rows,) float32: what the products are multiplied by at the end
     offset: Tensor | None  # (rows, groups) float32: added to the weights of a group
     origin: Origin | None  # how to make the weight's codes again; None where more than codes went into words
+
+
+def tensors_of(held: Any) -> list[Tensor | None]:
+    """The tensors of a Layout, or of what holds them under the same names, in the order of the operators."""
+    return [getattr(held, name) for name in ("low", "high", "scale", "zero", "table", "row", "offset")]
 
 
 def bits_of_numbers(numbers: str) -> int:
