@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from compare import documents, drawn, spread
 from safetensors.torch import save_file
+from script import as_command
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import llmquant
 from llmquant import metrics, rotation, text
-from llmquant.errors import LlmquantError
 from llmquant.recipe import QUALITIES
 
 CHANNELS, FACTOR = 5, 30.0
@@ -59,17 +59,17 @@ def arguments() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def plant(model: Path, folder: Path) -> Path:
-    """The same model in float32, with outliers that its weights undo."""
+def plant(model: Path, folder: Path, factor: float = FACTOR) -> Path:
+    """The same model in float32: some channels of every norm are multiplied by a factor, and divided where read."""
     llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for block in llama.model.layers:
         for norm, readers in READERS.items():
             weight = block.get_submodule(norm).weight
             chosen = torch.randperm(len(weight), generator=generator)[:CHANNELS]
-            weight[chosen] *= FACTOR
+            weight[chosen] *= factor
             for reader in readers:
-                block.get_submodule(reader).weight[:, chosen] /= FACTOR
+                block.get_submodule(reader).weight[:, chosen] /= factor
     llama.save_pretrained(folder)
     text.load_tokenizer(model).save_pretrained(folder)
     return folder
@@ -145,8 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

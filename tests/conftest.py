@@ -1,4 +1,4 @@
-"""What tests share: the bundled model, and text that it was not trained on."""
+"""What tests share: the bundled model, and text that it was not trained on; scripts that measure can be imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ASSETS = Path(__file__).parent / "assets"
-sys.path.insert(0, str(ASSETS))
+sys.path[:0] = [str(ASSETS), str(Path(__file__).parents[1] / "eval")]
 
 
 @pytest.fixture(scope="session")

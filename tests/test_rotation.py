@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_checkpoint
+from rotations import plant
 from safetensors.torch import load_file
 from test_pipeline import SMALL, quantize
-from test_scaling import plant
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmquant import card, formats, metrics, pipeline, rotation, trial, verification

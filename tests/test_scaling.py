@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_checkpoint
+from rotations import plant
 from safetensors.torch import load_file
 from test_pipeline import SMALL, contents, dense_twin, quantize
 from torch import Tensor, nn
@@ -19,29 +20,6 @@ from llmquant.output import OutputFolder
 from llmquant.recipe import Recipe, Rule
 from llmquant.shown import asked_windows
 from llmquant.stats import Stats
-
-READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-
-
-@torch.no_grad()
-def plant(model: Path, folder: Path, factor: float, channels: int = 5) -> Path:
-    """The same model in float32 with some channels of every norm multiplied by a factor, and divided where read."""
-    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for block in llama.model.layers:
-        for norm, readers in READERS.items():
-            weight = block.get_submodule(norm).weight
-            chosen = torch.randperm(len(weight), generator=generator)[:channels]
-            weight[chosen] *= factor
-            for reader in readers:
-                block.get_submodule(reader).weight[:, chosen] /= factor
-    llama.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((model / name).read_bytes())
-    return folder
 
 
 @pytest.mark.parametrize("spec", ["int4:g32", "int3:g32"])

@@ -6,16 +6,16 @@ other processes see here starts. Products are judged by what a dense weight of t
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
+from interpreter import INTERPRETED, everywhere
 from test_kernels import BF16, F16, F32, KINDS, Case, draw, draw_kind
 from torch import Tensor
 
@@ -23,35 +23,20 @@ import llmquant_kernels as kernels
 from llmquant_kernels import PackedWeight, Prepared
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="these are the tests that run there")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert found.returncode == 0, found.stdout[-20000:] + found.stderr[-5000:]
+    interpreter.run_marked(__file__)
 
 
 if INTERPRETED:
-    import interpreter
-
     sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
     interpreter.repair_bfloat16()
     interpreter.hurry()
     from llmquant_kernels import triton_ops
     from llmquant_kernels.triton_layout import Spec, tensors_of
     from llmquant_kernels.triton_settings import Device, Settings, heuristic, legal
-
-interpreted = [pytest.mark.interpreted, pytest.mark.skipif(not INTERPRETED, reason="in a process of their own")]
-
-
-def everywhere(test: Any) -> Any:
-    for mark in interpreted:
-        test = mark(test)
-    return test
-
 
 GEMV = ("gemv", 8, 16, 1, 4)
 GEMV_WIDE = ("gemv", 16, 32, 1, 8)
