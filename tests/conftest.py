@@ -13,8 +13,9 @@ import pytest
 # other, and on a machine that does something else too they wait long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ASSETS = Path(__file__).parent / "assets"
-sys.path[:0] = [str(ASSETS), str(Path(__file__).parents[1] / "eval")]
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "tests" / "assets"
+sys.path[:0] = [str(ASSETS), str(ROOT / "eval"), str(ROOT / "kernels")]
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,8 @@ other processes see here starts. Products are judged by what a dense weight of t
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import interpreter
@@ -31,7 +29,6 @@ def test_in_the_interpreter() -> None:
 
 
 if INTERPRETED:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
     interpreter.repair_bfloat16()
     interpreter.hurry()
     from llmquant_kernels import triton_ops

@@ -19,7 +19,6 @@ from llmquant_kernels.triton_layout import Spec
 from llmquant_kernels.triton_settings import Device, Settings, heuristic, key, legal, settings_for, shared_bytes
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
 SPEC = Spec(4096, 4096, 128, 128, "int4", "bf16", 2, 8.0, 0)
 SPECS = [
     SPEC,
