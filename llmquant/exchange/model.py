@@ -75,7 +75,7 @@ class Model:
         config = checkpoint.config()
         if (config.pop("quantization_config", None) or {}).get("quant_method") != "llmquant":
             raise CheckpointError(f"{folder}: holds no model in llmquant's own format: only such a one is exported")
-        skeleton = empty(folder, config)
+        skeleton = empty(config)
         modules = dict(skeleton.named_modules())
         transposed: dict[str, bool] = {}
         if any("expert" in tensor for tensor in facts["tensors"]):
@@ -163,7 +163,7 @@ def _target(tensor: dict[str, Any], modules: dict[str, nn.Module], transposed: d
     return target_of(name, modules[name]) or Target(name, shape, transposed=False, bias=False)  # or an embedding
 
 
-def empty(folder: Path, config: dict[str, Any]) -> nn.Module:
+def empty(config: dict[str, Any]) -> nn.Module:
     """The dense model that config describes, on meta."""
     known = class_named(config.get("architectures"))
     parsed = AutoConfig.for_model(**{**config, "model_type": config["model_type"]})
