@@ -85,11 +85,37 @@ did no harm in what was measured (stories260K, int4:g32), and it rotates nothing
 each way, shows it 512 random tokens, and rotates where a fifth of the divergence goes. The folder notes the choice and
 all figures.
 """
+MIXED = """
+## Mixed precision
+
+Uniform recipes, and mixtures chosen within exactly their bits a weight by costs measured one set at a time
+(`--sensitivity kl`); weights rounded to nearest as by `--quality fast`, but for the rows with a solver. The text to
+choose on is the seed's; KL is that of held-out text.
+
+```
+python eval/mixed.py tests/assets/pycode --text pycode --output mixed-pycode.json ...
+```
+"""
+RANKS = """
+Rank correlation (Spearman) of the cheap estimates with costs measured alone: of all sets and candidates, and the mean
+within one candidate, which is what tells sets apart:
+"""
+TRAINED = """
+## Few bits: rounded, calibrated, tuned, trained
+
+The bundled model, 1024 windows of 512 tokens to train on (128 of them to calibrate), held-out packages to measure on.
+A seed chooses the order of the windows. CPU seconds of the run alone, peak of resident memory:
+
+```
+python tests/assets/train_pycode.py --held-out held_out.json
+python eval/qat.py tests/assets/pycode --data train.json --text held_out.json --output runs --result qat.json ...
+```
+"""
 
 
 def read(name: str) -> list[Result]:
-    path = RESULTS / name
-    return compare.read_results(path) if name != "rotations.json" else json.loads(path.read_text())["results"]
+    found: list[Result] = json.loads((RESULTS / name).read_text())["results"]
+    return found
 
 
 def cell(values: Iterable[float]) -> str:
@@ -136,10 +162,55 @@ def ratios(rows: list[Result], pairs: list[tuple[str, str]]) -> list[str]:
     return lines
 
 
+def mixtures(found: list[Result]) -> list[str]:
+    """Every size of every model: the uniform recipe and what was chosen within its bits."""
+    lines = ["| model | uniform recipe | bits | its KL | mixed: bits | KL | part |", f"|{'---|' * 7}"]
+    for each in found:
+        pairs = []
+        for like in dict.fromkeys(row["like"] for row in each["mixed"]):
+            rows = [row for row in each["mixed"] if row["like"] == like]
+            pairs.append((like, each["uniform"].get(like, {"bits": rows[0]["budget"]}), rows))
+        for like in dict.fromkeys(row["like"] for row in each["calibrated"]):
+            runs = [row for row in each["calibrated"] if row["like"] == like]
+            uniform = {"bits": runs[0]["uniform"]["bits"], "kl": [run["uniform"]["kl"] for run in runs]}
+            pairs.append((f"{like}, `balanced`", uniform, [run["mixed"] for run in runs]))
+        for name, uniform, rows in sorted(pairs, key=lambda pair: float(pair[1]["bits"])):
+            mixed = [row["kl"] for row in rows]
+            plain = uniform.get("kl", [])
+            plain = plain if isinstance(plain, list) else [plain]
+            part = f"{fmean(mixed) / fmean(plain):.2f}" if plain else ""
+            bits = max(row["bits"] for row in rows)
+            cells = [each["model"], name if plain else "", f"{uniform['bits']:.3f}", cell(plain), f"{bits:.3f}"]
+            lines.append(f"| {' | '.join([*cells, cell(mixed), part])} |")
+    return lines
+
+
+def ranks(found: list[Result]) -> list[str]:
+    lines = ["| model | estimate | all | within a candidate |", "|---|---|---|---|"]
+    for each in found:
+        for how in ("fisher", "hessian"):
+            values = [[row[how][part] for row in each["correlations"]] for part in ("all", "within_a_format")]
+            shown = [f"{min(some):.2f} to {max(some):.2f}" for some in values]
+            lines.append(f"| {' | '.join([each['model'], how, *shown])} |")
+    return lines
+
+
+def trained(found: list[Result]) -> list[str]:
+    lines = ["| format | bits | method | seeds | KL | perplexity | top-1 | CPU s | peak MB |", f"|{'---|' * 9}"]
+    for spec, method in dict.fromkeys((row["format"], row["method"]) for row in found):
+        rows = [row for row in found if (row["format"], row["method"]) == (spec, method)]
+        means = {key: fmean(row[key] for row in rows) for key in ("bits", "top1_agreement", "cpu_seconds")}
+        means["perplexity"] = fmean(row["model"]["perplexity"] for row in rows)
+        cells = [spec, f"{means['bits']:.3f}", method, str(len(rows)), cell(row["kl_mean"] for row in rows)]
+        cells += [f"{means['perplexity']:.2f}", f"{means['top1_agreement']:.1%}", f"{means['cpu_seconds']:.0f}"]
+        lines.append(f"| {' | '.join([*cells, f'{max(row['peak_bytes'] for row in rows) / 1e6:.0f}'])} |")
+    return lines
+
+
 def page() -> str:
-    rivals = [row for row in read("rivals.json") if "kl" in row]
+    rivals = [row for row in compare.read_results(RESULTS / "rivals.json") if "kl" in row]
     usual = [row for row in rivals if row["calibration_windows"] in (0, row["windows"]) or row["method"] == FEW]
-    calibration = [row for row in read("calibration.json") if "kl" in row]
+    calibration = [row for row in compare.read_results(RESULTS / "calibration.json") if "kl" in row]
     parts = [HEAD, RIVALS, *ratios(usual, PAIRS)]
     for name in sorted({row["model"] for row in rivals}):
         parts += ["", f"### {name}", "", compare.table([row for row in rivals if row["model"] == name])]
@@ -148,6 +219,8 @@ def page() -> str:
         rows = [row for row in calibration if row["model"] == name]
         parts += [f"### {name}", "", *grid(rows, _shown, lambda row: row["format"], "method and what it was shown"), ""]
     parts += [ROTATIONS, rotations.table(read("rotations.json")), CHOICE]
+    mixed = read("mixed.json")
+    parts += [MIXED, *mixtures(mixed), RANKS, *ranks(mixed), TRAINED, *trained(read("qat.json")), ""]
     return "\n".join(parts)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import make_checkpoint
 
 from llmquant import inspection, output, pipeline
 from llmquant.checkpoint import INDEX, MANIFEST
@@ -33,6 +34,20 @@ SMALL = pipeline.Calibration("self", samples=4, length=32, batch=2)
 def quantize(model: Path, folder: Path, calibration: pipeline.Calibration | None = None, **options: Any) -> dict:
     job = pipeline.Job(str(model), Recipe.uniform("int4:g32"), calibration)
     return pipeline.quantize(pipeline.prepare(job, folder, **options), folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three blocks in several shards."""
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama", "llama", max_shard_size="100KB")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a calibrated run that nothing happens to leaves."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    quantize(model, folder, SMALL)
+    return contents(folder)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -75,10 +90,10 @@ KILLED = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("kind", ["calibrated", "fast"])
-def test_killed_at_random_moments_and_resumed_the_bytes_are_the_same(kind: str, pycode: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_and_resumed_the_bytes_are_the_same(kind: str, model: Path, tmp_path: Path) -> None:
     generator = random.Random(4)
     moments = [str(generator.random()) for _ in range(FAULTS)]
-    command = [sys.executable, "-c", KILLED, str(pycode), str(tmp_path), kind, *moments]
+    command = [sys.executable, "-c", KILLED, str(model), str(tmp_path), kind, *moments]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert said.count("killed") > FAULTS / 2  # a run may be done before its moment comes
     whole = contents(tmp_path / "whole")
@@ -111,21 +126,21 @@ class Disk:
 
 
 def test_a_write_that_fails_ends_in_one_line_and_the_run_resumes(
-    pycode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(monkeypatch)
-    quantize(pycode, tmp_path / "whole", SMALL)
+    quantize(model, tmp_path / "whole", SMALL)
     whole, calls, generator = contents(tmp_path / "whole"), disk.calls, random.Random(5)
-    assert calls > 50
+    assert calls > 30
     for index in range(FAULTS):
         folder = tmp_path / f"out{index}"
         code = generator.choice([errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
         disk.fail(generator.randrange(calls), code)
         with pytest.raises(OutputError, match=r"disk is full|cannot be written"):
-            quantize(pycode, folder, SMALL)
+            quantize(model, folder, SMALL)
         disk.fail(-1, 0)
         if not folder.exists():  # the very last call tells the disk of the new name
-            quantize(pycode, folder, SMALL)
+            quantize(model, folder, SMALL)
         assert contents(folder) == whole
         shutil.rmtree(folder)
 
@@ -152,21 +167,20 @@ def cut(model: Path, folder: Path, calibration: pipeline.Calibration | None = No
 @pytest.mark.parametrize("name", ["kept-calibration.safetensors", "kept-curvature.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_what_a_run_keeps_for_itself_is_not_believed_when_damaged(
-    name: str, damage: str, pycode: Path, tmp_path: Path
+    name: str, damage: str, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    quantize(pycode, tmp_path / "whole", SMALL)
-    kept = cut(pycode, tmp_path / "cut", SMALL) / name
+    kept = cut(model, tmp_path / "cut", SMALL) / name
     data = bytearray(kept.read_bytes())
     data[-3] ^= 1
     kept.write_bytes(data if damage == "flip" else data[:-3])
-    quantize(pycode, tmp_path / "cut", SMALL)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    quantize(model, tmp_path / "cut", SMALL)
+    assert contents(tmp_path / "cut") == whole
 
 
-def test_a_checkpoint_that_changed_between_two_runs_is_refused(pycode: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(pycode, tmp_path / "model"))
+def test_a_checkpoint_that_changed_between_two_runs_is_refused(model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(model, tmp_path / "model"))
     cut(model, tmp_path / "out")
-    shard = model / "model.safetensors"
+    shard = next(model.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
@@ -217,13 +231,13 @@ def test_two_processes_on_one_folder(pycode: Path, tmp_path: Path) -> None:
 # ---- memory
 
 
-def test_hidden_states_on_disk_change_no_byte(pycode: Path, tmp_path: Path) -> None:
-    quantize(pycode, tmp_path / "memory", SMALL)
+def test_hidden_states_on_disk_change_no_byte(model: Path, tmp_path: Path) -> None:
+    quantize(model, tmp_path / "memory", SMALL)
     states = tmp_path / "states"
     with pytest.raises(OutputError, match="no such folder"):
-        quantize(pycode, tmp_path / "disk", SMALL, offload=states)
+        quantize(model, tmp_path / "disk", SMALL, offload=states)
     states.mkdir()
-    quantize(pycode, tmp_path / "disk", SMALL, offload=states)
+    quantize(model, tmp_path / "disk", SMALL, offload=states)
     assert not list(states.iterdir())
     assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
 
