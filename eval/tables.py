@@ -203,7 +203,8 @@ def trained(found: list[Result]) -> list[str]:
         means["perplexity"] = fmean(row["model"]["perplexity"] for row in rows)
         cells = [spec, f"{means['bits']:.3f}", method, str(len(rows)), cell(row["kl_mean"] for row in rows)]
         cells += [f"{means['perplexity']:.2f}", f"{means['top1_agreement']:.1%}", f"{means['cpu_seconds']:.0f}"]
-        lines.append(f"| {' | '.join([*cells, f'{max(row['peak_bytes'] for row in rows) / 1e6:.0f}'])} |")
+        cells.append(f"{max(row['peak_bytes'] for row in rows) / 1e6:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
