@@ -26,13 +26,13 @@ import outliers
 import torch
 from compare import documents, drawn, spread
 from safetensors.torch import save_file
+from script import as_command
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import llmquant
 from llmquant import metrics, rotation, text
-from llmquant.errors import LlmquantError
 from llmquant.recipe import QUALITIES
 
 CHANNELS, FACTOR = 5, 30.0
@@ -139,8 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -33,6 +34,14 @@ CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
 TRIED = 14 * 64  # tokens that go through a block in float32 to find where scales can be moved
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of it, those that are free and all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    found = psutil.virtual_memory()
+    return found.available, found.total
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import outliers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,9 +22,6 @@ from llmquant.formats import Format
 from llmquant.pipeline import Calibration
 from llmquant.solvers import algebra, gptq, refit
 from llmquant.stats import Stats
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
-outliers: Any = importlib.import_module("outliers")
 
 DOWN = "model.layers.2.mlp.down_proj.weight"
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import outliers
 import pytest
 import torch
 from architectures import make_checkpoint
 from safetensors.torch import load_file
 from test_pipeline import SMALL, quantize
-from test_scaling import outliers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmquant import card, formats, metrics, pipeline, rotation, trial, verification
@@ -182,13 +182,13 @@ def test_a_rotation_is_chosen_where_weights_hide_outliers(pycode: Path, hidden: 
         )
         return pipeline.prepare(job, tmp_path / "out")
 
-    plain, outliers, balanced = chosen(pycode), chosen(hidden), chosen(hidden, calibration=SMALL)
-    assert [one.job.rotate for one in (plain, outliers, balanced)] == ["none", "residual", "none"]
-    assert outliers.rotation is not None
-    found = outliers.rotation["divergences"]
+    plain, loud, balanced = chosen(pycode), chosen(hidden), chosen(hidden, calibration=SMALL)
+    assert [one.job.rotate for one in (plain, loud, balanced)] == ["none", "residual", "none"]
+    assert loud.rotation is not None
+    found = loud.rotation["divergences"]
     assert list(found) == list(rotation.MODES)
     assert found["residual"] < 0.3 * found["none"]
-    assert f"residual {found['residual']:.4f}" in outliers.plan.notes[-1]
+    assert f"residual {found['residual']:.4f}" in loud.plan.notes[-1]
     assert balanced.rotation is not None
     assert "scales are moved instead" in balanced.rotation["reason"]
 

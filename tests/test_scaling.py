@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import outliers
 import pytest
 import torch
 from architectures import make_checkpoint
@@ -21,9 +20,6 @@ from llmquant.output import OutputFolder
 from llmquant.recipe import Recipe, Rule
 from llmquant.shown import asked_windows
 from llmquant.stats import Stats
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
-outliers: Any = importlib.import_module("outliers")
 
 
 @pytest.mark.parametrize("spec", ["int4:g32", "int3:g32"])
