@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import psutil
@@ -206,23 +207,23 @@ def _solving(row: Row, work: Work) -> float:
 
 def _fitting(rows: Sequence[Row]) -> float:
     """Seconds of finding all grids and rounding to them, twice where calibrated."""
+    columns: dict[Any, int] = {}
     total = 0.0
-    measured: dict[Any, float] = {}
     for row in rows:
-        clip = row.rule.options.get("clip", "search")
-        known = (row.format, clip)
-        if known not in measured:
-            columns = row.target.shape[1]
-            w = torch.randn(max(1, 2**19 // columns), columns)
-
-            def fit(w: torch.Tensor = w, row: Row = row, clip: Any = clip) -> object:
-                return SOLVERS["rtn"](w, None, row.format, clip=clip)
-
-            measured[known] = _timed(fit, 2) / w.numel()
-        total += measured[known] * row.weights * (2 if row.rule.solver in CALIBRATED else 1)
+        known = (row.format, row.rule.options.get("clip", "search"))
+        of_weight = _fitting_one(*known, columns.setdefault(known, row.target.shape[1]))
+        total += of_weight * row.weights * (2 if row.rule.solver in CALIBRATED else 1)
     return total
 
 
+@cache  # a machine is measured once
+def _fitting_one(fmt: Format, clip: Any, columns: int) -> float:
+    """Seconds a weight."""
+    w = torch.randn(max(1, 2**19 // columns), columns)
+    return _timed(lambda: SOLVERS["rtn"](w, None, fmt, clip=clip), 2) / w.numel()
+
+
+@cache
 def flop(dtype: torch.dtype) -> float:
     """Seconds of one operation in a matrix product of this type."""
     a = torch.randn(512, 512).to(dtype)

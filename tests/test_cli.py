@@ -47,16 +47,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def model(pycode: Path, tmp_path: Path) -> Path:
-    """A copy of the bundled model, to be damaged; in two shards."""
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path / "model"
-    AutoModelForCausalLM.from_pretrained(pycode).save_pretrained(folder, max_shard_size="1700KB")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(pycode / file, folder)
-    assert len(list(folder.glob("*.safetensors"))) == 2
-    return folder
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of a model in several shards, to be damaged."""
+    assert len(list(tiny.glob("*.safetensors"))) > 1
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
 def rewrite(shard: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -204,47 +198,47 @@ def test_bad_requests(run: Run, pycode: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out.partial" / "config.json").exists()
 
 
-def test_output_folder_that_is_something_else_is_never_touched(run: Run, pycode: Path, tmp_path: Path) -> None:
+def test_output_folder_that_is_something_else_is_never_touched(run: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     for extra in ([], ["--overwrite"]):
-        code, _, said = run("quantize", pycode, *FAST, "--output", out, *extra)
+        code, _, said = run("quantize", tiny, *FAST, "--output", out, *extra)
         assert (code, "is not a result of llmquant" in said) == (5, True)
     assert (out / "thesis.txt").read_text() == "years of work"
-    code, _, said = run("quantize", pycode, *FAST, "--output", out / "thesis.txt")
+    code, _, said = run("quantize", tiny, *FAST, "--output", out / "thesis.txt")
     assert (code, "is a file" in said) == (5, True)
 
 
-def test_finished_result_is_replaced_only_when_asked(run: Run, pycode: Path, tmp_path: Path) -> None:
+def test_finished_result_is_replaced_only_when_asked(run: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("quantize", pycode, *FAST, "--output", out)[0] == 0
+    assert run("quantize", tiny, *FAST, "--output", out)[0] == 0
     before = (out / "llmquant.json").read_bytes()
-    code, _, said = run("quantize", pycode, *FAST, "--output", out)
+    code, _, said = run("quantize", tiny, *FAST, "--output", out)
     assert (code, "--overwrite" in said) == (5, True)
-    assert run("quantize", pycode, *FAST, "--bits", "3", "--output", out, "--overwrite")[0] == 0
+    assert run("quantize", tiny, *FAST, "--bits", "3", "--output", out, "--overwrite")[0] == 0
     assert (out / "llmquant.json").read_bytes() != before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_that_cannot_be_written(run: Run, pycode: Path, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written(run: Run, tiny: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    code, _, said = run("quantize", pycode, *FAST, "--output", tmp_path / "out")
+    code, _, said = run("quantize", tiny, *FAST, "--output", tmp_path / "out")
     tmp_path.chmod(0o700)
     assert (code, "not writable" in said) == (5, True)
 
 
 def test_too_little_disk_is_refused_before_work(
-    run: Run, pycode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmquant.plan.free_bytes", lambda output: 1000)
-    code, _, said = run("quantize", pycode, *FAST, "--output", tmp_path / "out")
+    code, _, said = run("quantize", tiny, *FAST, "--output", tmp_path / "out")
     assert (code, "the disk has 1,000 free" in said) == (5, True)
     assert not list(tmp_path.glob("out*"))
 
 
 def test_disk_that_fills_up_during_the_run_leaves_it_resumable(
-    run: Run, pycode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = save_file, []
 
@@ -255,20 +249,20 @@ def test_disk_that_fills_up_during_the_run_leaves_it_resumable(
         real(*arguments, **options)
 
     monkeypatch.setattr(output, "save_file", save)
-    code, _, said = run("quantize", pycode, *FAST, "--output", tmp_path / "out")
+    code, _, said = run("quantize", tiny, *FAST, "--output", tmp_path / "out")
     assert (code, "the disk is full" in said, "resumes" in said) == (5, True, True)
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == 2
     monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["llmquant", "quantize", str(pycode), *FAST, "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["llmquant", "quantize", str(tiny), *FAST, "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
     assert (tmp_path / "out").is_dir()
 
 
-def test_interrupt_says_how_to_resume(pycode: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llmquant.cli", "quantize", pycode, "--output", tmp_path / "out", "--group", "32"]
+def test_interrupt_says_how_to_resume(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llmquant.cli", "quantize", tiny, "--output", tmp_path / "out", "--group", "32"]
     process = subprocess.Popen(
         list(map(str, command)),
         stderr=subprocess.PIPE,
@@ -366,9 +360,9 @@ def test_plan_tells_the_size_that_the_run_then_has(run: Run, pycode: Path, tmp_p
     assert plan["bytes_after"] == pytest.approx(stored, rel=0.05)  # the rest is headers
 
 
-def test_inspect_finds_damage(run: Run, pycode: Path, tmp_path: Path) -> None:
+def test_inspect_finds_damage(run: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("quantize", pycode, *FAST, "--output", out)
+    run("quantize", tiny, *FAST, "--output", out)
     code, printed, _ = run("inspect", out, "--verify")
     assert (code, "42 tensors verified" in printed) == (0, True)
     shard = first_shard(out)

@@ -31,15 +31,17 @@ TOKENS = torch.arange(40).view(1, -1) * 7
 
 
 @pytest.fixture(scope="module")
-def quantized(pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """quantized(format or recipe) -> a folder with the bundled model so; each is made once."""
+def quantized(tiny: Path, pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """quantized(format or recipe) -> a folder with a random model so, a tokenizer beside it; each is made once."""
     made: dict[str, Path] = {}
+    model = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("source") / "tiny"))
+    shutil.copy(pycode / "tokenizer.json", model)
 
     def make(kind: str | Recipe) -> Path:
         key = str(kind)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("quantized") / "q"
-            llmquant.quantize(pycode, made[key], format=kind, quality="fast")
+            llmquant.quantize(model, made[key], format=kind, quality="fast")
         return made[key]
 
     return make
@@ -314,9 +316,9 @@ def test_a_cut_export_is_taken_up(quantized: Make, tmp_path: Path, monkeypatch: 
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
-def test_export_at_quantize_time(pycode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_export_at_quantize_time(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     out = tmp_path / "out"
-    command = ["quantize", pycode, "--group", "64", "--quality", "fast", "--to", "gptq", "--output", out, "--json"]
+    command = ["quantize", tiny, "--group", "64", "--quality", "fast", "--to", "gptq", "--output", out, "--json"]
     monkeypatch.setattr(sys, "argv", ["llmquant", *map(str, command)])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -28,7 +28,7 @@ WINDOWS = torch.randint(3, 300, (16, 16), generator=torch.Generator().manual_see
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     save_file({"tokens": WINDOWS}, tmp_path / "tokens.safetensors")
-    return make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32)
+    return make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32, num_hidden_layers=2)
 
 
 def folder_of(model: Path, spec: str) -> Path:

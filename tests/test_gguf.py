@@ -68,15 +68,24 @@ def logits(model: torch.nn.Module) -> Tensor:
     return model(TOKENS).logits
 
 
+@pytest.fixture(scope="module")
+def fours(pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fours") / "q"
+    llmquant.quantize(pycode, folder, format="int4:g32:fp16", quality="fast")
+    return folder
+
+
 @pytest.mark.parametrize("spec", ["int4:g32:fp16", "int8:g32"])
-def test_transformers_reads_the_file(spec: str, pycode: Path, tmp_path: Path) -> None:
+def test_transformers_reads_the_file(spec: str, fours: Path, pycode: Path, tmp_path: Path) -> None:
     """Its tokenizer too. It has the rows of q and k in Llama's order, so that an error in that shows."""
-    llmquant.quantize(pycode, tmp_path / "q", format=spec, quality="fast")
-    llmquant.export(tmp_path / "q", tmp_path / "out", "gguf")
+    folder = fours if spec == "int4:g32:fp16" else tmp_path / "q"
+    if folder != fours:
+        llmquant.quantize(pycode, folder, format=spec, quality="fast")
+    llmquant.export(folder, tmp_path / "out", "gguf")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "llmquant.json"}
     assert inspection.verify(tmp_path / "out") == []
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
-    expected = logits(llmquant.load(tmp_path / "q", dtype=torch.float32))
+    expected = logits(llmquant.load(folder, dtype=torch.float32))
     torch.testing.assert_close(logits(found), expected, rtol=1e-3, atol=1e-3)
     text = 'def read(self, path):\n    """Été 1234."""\n'
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
@@ -135,18 +144,17 @@ def test_llama3_frequencies(pycode: Path, tmp_path: Path) -> None:
         ("nvfp4", "q_proj: GGUF cannot hold it: nvfp4 is none"),
     ],
 )
-def test_refused_by_name(spec: str, message: str, pycode: Path, tmp_path: Path) -> None:
-    llmquant.quantize(pycode, tmp_path / "q", format=spec, quality="fast")
+def test_refused_by_name(spec: str, message: str, tiny: Path, tmp_path: Path) -> None:
+    llmquant.quantize(tiny, tmp_path / "q", format=spec, quality="fast")
     with pytest.raises(PlanError, match=message):
         llmquant.export(tmp_path / "q", tmp_path / "out", "gguf")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_reads_otherwise_never_gets_its_name(
-    pycode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llmquant.quantize(pycode, tmp_path / "q", format="int4:g32:fp16", quality="fast")
     monkeypatch.setattr(gguf, "_nibbles", lambda codes: codes.view(len(codes), -1, 2, 16)[:, :, 0])
     with pytest.raises(VerificationError, match=r"blk\.0\.attn_q\.weight: the gguf package reads other values"):
-        llmquant.export(tmp_path / "q", tmp_path / "out", "gguf")
+        llmquant.export(fours, tmp_path / "out", "gguf")
     assert not (tmp_path / "out").exists()

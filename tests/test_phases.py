@@ -49,9 +49,9 @@ def test_the_overhead_is_what_is_no_arithmetic() -> None:
     assert phases.overhead({}) == 0.0
 
 
-def test_a_run_tells_its_phases_and_the_file_does_not(pycode: Path, tmp_path: Path) -> None:
+def test_a_run_tells_its_phases_and_the_file_does_not(tiny: Path, tmp_path: Path) -> None:
     start = time.perf_counter()
-    manifest = quantize(pycode, tmp_path / "out", calibration=SMALL)
+    manifest = quantize(tiny, tmp_path / "out", calibration=SMALL)
     took = time.perf_counter() - start
     spent = manifest["phases"]
     assert {"sample", "curvature", "forward", "statistics", "solve", "scales", "load", "verify"} <= set(spent)
@@ -165,7 +165,7 @@ def test_tensors_are_asked_for_by_their_own_bytes(
 
 
 def test_a_run_asks_for_each_block_while_the_one_before_is_solved(
-    pycode: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     prefetch = Checkpoint.prefetch
@@ -175,8 +175,8 @@ def test_a_run_asks_for_each_block_while_the_one_before_is_solved(
         prefetch(self, names)
 
     monkeypatch.setattr(Checkpoint, "prefetch", noted)
-    quantize(pycode, tmp_path / "a")
+    quantize(tiny, tmp_path / "a")
     assert events == ["1", "2", "3", "4", "5"]
     monkeypatch.delattr(os, "posix_fadvise")
-    quantize(pycode, tmp_path / "b")
+    quantize(tiny, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import make_checkpoint
+from safetensors.torch import save_file
 from test_faults import contents
 
 from llmquant import inspection, stats
@@ -115,16 +116,27 @@ def windows(count: int = 11, length: int = 12, vocabulary: int = 96) -> torch.Te
 ONE_TWO_FOUR = [("one", 1), ("two", 2), ("four", 4)]
 
 
-def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
-    """Of windows that do not come out even, of experts, of scales that move, of tuning, of matrices outside blocks."""
-    from safetensors.torch import save_file
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
 
-    dense = make_checkpoint(tmp_path / "dense", "llama", num_hidden_layers=2)
-    mixture = make_checkpoint(tmp_path / "mixture", "qwen3_moe", num_hidden_layers=2)
-    text = tmp_path / "tokens.safetensors"
+
+Runs = tuple[dict[str, list[tuple[list[int], list[str]]]], str]
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Runs:
+    """Of every case what its runs ended with, and what all said: all in children of one process.
+
+    Of windows that do not come out even, of experts, of scales that move, of tuning, of matrices outside blocks; and of
+    one that is killed.
+    """
+    dense = make_checkpoint(folder / "dense", "llama", num_hidden_layers=2)
+    mixture = make_checkpoint(folder / "mixture", "qwen3_moe", num_hidden_layers=2)
+    text = folder / "tokens.safetensors"
     save_file({"tokens": windows()}, text)
     shown = {"source": str(text), "samples": 11, "batch": 2, "check": False}
-    (tmp_path / "states").mkdir()
+    (folder / "states").mkdir()
     many = [
         {"pattern": "*.self_attn.*", "format": "int4:g24", "solver": "awq"},
         {"pattern": "*.gate_proj", "format": "int4:g24", "solver": "autoround", "options": {"iterations": 3}},
@@ -135,32 +147,38 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
     plain = [{"pattern": "*", "format": "int4:g24"}]
     cases: dict[str, Any] = {
         "dense": {"model": str(dense), "recipe": every, "calibration": shown, "tuning": 2, "runs": ONE_TWO_FOUR},
-        "mixed": {"model": str(dense), "recipe": many, "calibration": shown, "offload": str(tmp_path / "states"),
+        "mixed": {"model": str(dense), "recipe": many, "calibration": shown, "offload": str(folder / "states"),
                   "runs": [("one", 1), ("three", 3)]},
         "mixture": {"model": str(mixture), "recipe": every, "calibration": shown, "runs": [("one", 1), ("two", 2)]},
         "fast": {"model": str(mixture), "recipe": plain, "runs": [("one", 1), ("two", 2)]},
     }  # fmt: skip
-    runs, said = forked(tmp_path, cases)
-    assert not any(code for codes, _ in runs for code in codes), said
-    for name, case in cases.items():
-        whole = contents(tmp_path / f"{name}-one")
-        assert all(contents(tmp_path / f"{name}-{run}") == whole for run, _ in case["runs"]), name
-    assert not list((tmp_path / "states").iterdir())
-
-
-def test_a_process_that_is_gone_or_differs_ends_the_others_and_the_job_resumes(tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path / "model", "llama", num_hidden_layers=2)
-    shown = {"source": "self", "samples": 8, "length": 12, "batch": 2, "curvature": 0.0}
-    case = {"model": str(model), "recipe": [{"pattern": "*", "format": "int4:g24"}], "calibration": shown}
+    own = {"source": "self", "samples": 8, "length": 12, "batch": 2, "curvature": 0.0}
     tries = [("odd", 2, "odd"), ("one", 1), ("cut", 2, "killed"), ("cut", 2)]
-    (odd, one, killed, resumed), said = forked(tmp_path, {"job": {**case, "runs": tries}})
+    cases["job"] = {"model": str(dense), "recipe": plain, "calibration": own, "runs": tries}
+    found, said = forked(folder, cases)
+    return {name: [found.pop(0) for _ in case["runs"]] for name, case in cases.items()}, said
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("dense", ["two", "four"]), ("mixed", ["three"]), ("mixture", ["two"]), ("fast", ["two"])]
+)
+def test_any_number_of_processes_writes_the_same_bytes(name: str, others: list[str], runs: Runs, folder: Path) -> None:
+    ended, said = runs
+    assert not any(code for codes, _ in ended[name] for code in codes), said
+    assert all(contents(folder / f"{name}-{other}") == contents(folder / f"{name}-one") for other in others)
+    assert not list((folder / "states").iterdir())
+
+
+def test_a_process_that_is_gone_or_differs_ends_the_others_and_the_job_resumes(runs: Runs, folder: Path) -> None:
+    ended, said = runs
+    odd, one, killed, resumed = ended["job"]
     assert odd[0] == [PlanError.exit_code] * 2
     assert "process 1 has dtype = 'torch.bfloat16', the first one 'None'" in said
     assert killed == ([9, -signal.SIGKILL], ["model-00001-of-00003.safetensors"]), said
     assert (one[0], resumed) == ([0], ([0, 0], [])), said
     assert "0: another process of the job is gone" in said
     assert "repeat the same command, which resumes" in said
-    assert contents(tmp_path / "job-cut") == contents(tmp_path / "job-one")
+    assert contents(folder / "job-cut") == contents(folder / "job-one")
 
 
 def test_torchrun_runs_the_command_line(tmp_path: Path) -> None:

@@ -125,17 +125,17 @@ def test_card_says_how_to_do_it_again(folder: Path) -> None:
     assert json.loads(rules) == inspection.manifest(folder)["settings"]["recipe"]
 
 
-def test_the_command_of_a_plain_run_is_understood(pycode: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_command_of_a_plain_run_is_understood(tiny: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """It makes the same plan: the settings that the manifest has."""
     given = ["--format", "int4:g64:sym", "--skip", "*.o_proj", "--quality", "fast", "--clip", "minmax", "--seed", "3"]
-    monkeypatch.setattr(sys, "argv", ["llmquant", "quantize", str(pycode), *given, "-o", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["llmquant", "quantize", str(tiny), *given, "-o", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
     facts = inspection.manifest(tmp_path / "out")
     words = card.command(facts).replace("'", "").split()
-    assert words[:3] == ["llmquant", "quantize", "pycode"]
-    words[2] = str(pycode)
+    assert words[:3] == ["llmquant", "quantize", tiny.name]
+    words[2] = str(tiny)
     monkeypatch.setattr(sys, "argv", [*words, "-o", str(tmp_path / "again")])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -189,16 +189,16 @@ def _linears(given: Whole) -> list[nn.Module]:
 # ---- in a run
 
 
-def quantize(model: Path, output: Path, steps: int) -> dict[str, Any]:
-    calibration = pipeline.Calibration("self", samples=32, length=32, batch=8)
+def quantize(model: Path, output: Path, steps: int, samples: int = 32) -> dict[str, Any]:
+    calibration = pipeline.Calibration("self", samples=samples, length=32, batch=8)
     job = pipeline.Job(str(model), Recipe.uniform("int2:g32"), calibration, tuning=steps)
     return pipeline.quantize(pipeline.prepare(job, output), output)
 
 
 def test_the_folder_holds_what_tuning_found(tmp_path: Path) -> None:
     """Norms too, in their own type; the files that were tuned from are gone; every tensor is there once."""
-    model = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
-    manifest = quantize(model, tmp_path / "out", 60)
+    model = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=2)
+    manifest = quantize(model, tmp_path / "out", 40)
     plain = quantize(model, tmp_path / "plain", 0)
     assert manifest["tuning"]["kept"]
     assert "tuning" not in plain
@@ -228,8 +228,8 @@ def test_a_run_cut_while_it_writes_what_was_tuned_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune.Tuned, "kept", True)
-    model = make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32)
-    quantize(model, tmp_path / "whole", 10)
+    model = make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32, num_hidden_layers=2)
+    quantize(model, tmp_path / "whole", 4, 8)
     write = OutputFolder.write_shard
 
     def cut(folder: OutputFolder, part: int, name: str, *args: Any) -> None:
@@ -239,9 +239,9 @@ def test_a_run_cut_while_it_writes_what_was_tuned_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(OutputFolder, "write_shard", cut)
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, tmp_path / "cut", 10)
+        quantize(model, tmp_path / "cut", 4, 8)
     monkeypatch.setattr(OutputFolder, "write_shard", write)
-    quantize(model, tmp_path / "cut", 10)
+    quantize(model, tmp_path / "cut", 4, 8)
     whole, cut_short = (
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()}
         for name in ("whole", "cut")
