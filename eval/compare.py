@@ -40,12 +40,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from script import as_command
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmquant import chats, matrices, metrics, sampling, text
-from llmquant.errors import DataError, LlmquantError
+from llmquant.errors import DataError
 from llmquant.recipe import QUALITIES
 
 HERE = Path(__file__).resolve().parent
@@ -421,8 +422,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

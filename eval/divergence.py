@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from script import as_command
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import llmquant  # noqa: F401  so that transformers loads its folders
 from llmquant import metrics, text
 from llmquant.checkpoint import locate
-from llmquant.errors import LlmquantError
 
 
 def arguments() -> argparse.Namespace:
@@ -81,8 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

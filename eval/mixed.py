@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from compare import documents, drawn, spread
 from safetensors.torch import save_file
+from script import as_command
 from torch import Tensor
 from transformers.utils import logging
 
 from llmquant import allocate, api, metrics, pipeline, text
 from llmquant.blocks import StreamedModel
 from llmquant.curvature import curvature
-from llmquant.errors import LlmquantError
 from llmquant.job import Budget, Job, Prepared, silent
 from llmquant.knapsack import Numbers
 from llmquant.recipe import Recipe
@@ -220,8 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from script import as_command
 
 from llmquant import api, metrics
-from llmquant.errors import LlmquantError
 
 METHODS = ("rtn", "tuned", "balanced", "best", "qat")
 
@@ -91,8 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

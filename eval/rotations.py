@@ -3,10 +3,11 @@
     python eval/rotations.py tests/assets/pycode --text pycode --output eval/results/rotations.json
     python eval/rotations.py MODEL --text FILE --formats int4:g32 mxfp4 --output eval/results/rotations.json
 
-Of every model (a Llama in its names) there is a second version with planted outliers, which computes the same: of every
-norm, CHANNELS weights are FACTOR times as large, and the columns that read them are divided by it. TEXT is what
-`eval/compare.py` takes. Results are added to OUTPUT after each run, and what it holds is not run again. The last line
-of stdout is one JSON object; divergences are from the original in float32, in nats per token.
+Of every model (a Llama in its names) there are versions with planted outliers, which compute the same (outliers.py).
+norms: of every norm, CHANNELS weights are FACTOR times as large, and the columns that read them are divided by it;
+massive: massive activations at BOS, in a wider model; wide: that without them. TEXT is what `eval/compare.py` takes.
+Results are added to OUTPUT after each run, and what it holds is not run again. The last line of stdout is one JSON
+object; divergences are from the original in float32, in nats per token.
 """
 
 from __future__ import annotations
@@ -21,23 +22,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import outliers
 import torch
 from compare import documents, drawn, spread
 from safetensors.torch import save_file
+from script import as_command
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import llmquant
 from llmquant import metrics, rotation, text
-from llmquant.errors import LlmquantError
 from llmquant.recipe import QUALITIES
 
 CHANNELS, FACTOR = 5, 30.0
-READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
 # What tells one result from another.
 KEY = ("model", "outliers", "format", "quality", "rotate", "seed", "calibration_windows")
 
@@ -50,6 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=["int4:g32", "mxfp4", "int4:g128"])
     parser.add_argument("--qualities", nargs="+", default=["fast", "balanced"], choices=list(QUALITIES))
     parser.add_argument("--rotate", nargs="+", default=["none", "value", "residual"], choices=list(rotation.MODES))
+    parser.add_argument(
+        "--outliers", nargs="+", default=["none", "norms"], choices=["none", "norms", "wide", "massive"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--calibration-windows", type=int, default=32)
     parser.add_argument("--windows", type=int, default=64, help="of evaluation")
@@ -58,21 +59,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.no_grad()
-def plant(model: Path, folder: Path) -> Path:
-    """The same model in float32, with outliers that its weights undo."""
-    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for block in llama.model.layers:
-        for norm, readers in READERS.items():
-            weight = block.get_submodule(norm).weight
-            chosen = torch.randperm(len(weight), generator=generator)[:CHANNELS]
-            weight[chosen] *= FACTOR
-            for reader in readers:
-                block.get_submodule(reader).weight[:, chosen] /= FACTOR
-    llama.save_pretrained(folder)
-    text.load_tokenizer(model).save_pretrained(folder)
-    return folder
+def planted(model: Path, folder: Path, kind: str) -> Path:
+    """The same model in float32 with outliers, in the folder; the model itself for none."""
+    if kind == "none":
+        return model
+    llama = outliers.loaded(model)
+    if kind == "norms":
+        llama = outliers.hidden_by_norms(llama, FACTOR, CHANNELS)
+    else:
+        llama = outliers.widened(llama)[0] if kind == "wide" else outliers.massive(llama)
+    return outliers.saved(llama, model, folder / kind)
 
 
 def run(model: Path, calibration: Tensor, row: dict[str, Any], folder: Path) -> Path:
@@ -96,7 +92,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [f"| model | format | quality | {' | '.join(modes)} |", f"|---|---|---|{'---|' * len(modes)}"]
     cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for result in results:
-        name = result["model"] + (", outliers" if result["outliers"] else "")
+        name = result["model"] + {"none": "", "norms": ", outliers"}.get(result["outliers"], f", {result['outliers']}")
         place = cells.setdefault((name, result["format"], result["quality"]), {})
         place.setdefault(result["rotate"], []).append(result["kl"])
     for names, found in sorted(cells.items()):
@@ -122,17 +118,15 @@ def main() -> None:
     results: list[dict[str, Any]] = json.loads(args.output.read_text())["results"] if args.output.is_file() else []
     done = {tuple(result[key] for key in KEY) for result in results}
     with tempfile.TemporaryDirectory() as scratch:
-        models = {False: plain, True: plant(plain, Path(scratch, plain.name))}
-        for seed, spec, quality, outliers, mode in product(
-            args.seeds, args.formats, args.qualities, models, args.rotate
-        ):
+        models = {kind: planted(plain, Path(scratch), kind) for kind in args.outliers}
+        for seed, spec, quality, kind, mode in product(args.seeds, args.formats, args.qualities, models, args.rotate):
             windows = args.calibration_windows if QUALITIES[quality].calibrated else 0
-            place = (plain.name, outliers, spec, quality, mode, seed, windows)
+            place = (plain.name, kind, spec, quality, mode, seed, windows)
             if place in done:
                 continue
             row: dict[str, Any] = dict(zip(KEY, place, strict=True))
             with tempfile.TemporaryDirectory() as folder:
-                loaded = llmquant.load(run(models[outliers], calibration, row, Path(folder)), dtype=torch.float32)
+                loaded = llmquant.load(run(models[kind], calibration, row, Path(folder)), dtype=torch.float32)
                 found = metrics.divergence(reference, loaded, evaluation, vocabulary=text.vocabulary_size(tokenizer))
             row |= {"kl": found.mean, "kl_standard_error": found.standard_error, "perplexity": found.model.perplexity}
             results.append(row | {"windows": args.windows, "length": args.length})
@@ -145,8 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

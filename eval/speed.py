@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from statistics import median
 from typing import Any
 
 import torch
+from script import as_command
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import llmquant  # noqa: F401  so that transformers loads its folders
 from llmquant.checkpoint import locate
-from llmquant.errors import LlmquantError, PlanError
+from llmquant.errors import PlanError
 from llmquant.sampling import cache_word
 from llmquant.text import evaluating
 
@@ -113,8 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmquantError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    as_command(main)

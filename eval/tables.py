@@ -100,17 +100,6 @@ RANKS = """
 Rank correlation (Spearman) of the cheap estimates with costs measured alone: of all sets and candidates, and the mean
 within one candidate, which is what tells sets apart:
 """
-TRAINED = """
-## Few bits: rounded, calibrated, tuned, trained
-
-The bundled model, 1024 windows of 512 tokens to train on (128 of them to calibrate), held-out packages to measure on.
-A seed chooses the order of the windows. CPU seconds of the run alone, peak of resident memory:
-
-```
-python tests/assets/train_pycode.py --held-out held_out.json
-python eval/qat.py tests/assets/pycode --data train.json --text held_out.json --output runs --result qat.json ...
-```
-"""
 
 
 def read(name: str) -> list[Result]:
@@ -195,19 +184,6 @@ def ranks(found: list[Result]) -> list[str]:
     return lines
 
 
-def trained(found: list[Result]) -> list[str]:
-    lines = ["| format | bits | method | seeds | KL | perplexity | top-1 | CPU s | peak MB |", f"|{'---|' * 9}"]
-    for spec, method in dict.fromkeys((row["format"], row["method"]) for row in found):
-        rows = [row for row in found if (row["format"], row["method"]) == (spec, method)]
-        means = {key: fmean(row[key] for row in rows) for key in ("bits", "top1_agreement", "cpu_seconds")}
-        means["perplexity"] = fmean(row["model"]["perplexity"] for row in rows)
-        cells = [spec, f"{means['bits']:.3f}", method, str(len(rows)), cell(row["kl_mean"] for row in rows)]
-        cells += [f"{means['perplexity']:.2f}", f"{means['top1_agreement']:.1%}", f"{means['cpu_seconds']:.0f}"]
-        cells.append(f"{max(row['peak_bytes'] for row in rows) / 1e6:.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
 def page() -> str:
     rivals = [row for row in compare.read_results(RESULTS / "rivals.json") if "kl" in row]
     usual = [row for row in rivals if row["calibration_windows"] in (0, row["windows"]) or row["method"] == FEW]
@@ -221,7 +197,7 @@ def page() -> str:
         parts += [f"### {name}", "", *grid(rows, _shown, lambda row: row["format"], "method and what it was shown"), ""]
     parts += [ROTATIONS, rotations.table(read("rotations.json")), CHOICE]
     mixed = read("mixed.json")
-    parts += [MIXED, *mixtures(mixed), RANKS, *ranks(mixed), TRAINED, *trained(read("qat.json")), ""]
+    parts += [MIXED, *mixtures(mixed), RANKS, *ranks(mixed), ""]
     return "\n".join(parts)
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ from torch.nn import functional
 import bench_rivals
 import llmquant_kernels
 from llmquant_kernels.measure import copy_bandwidth, graph_seconds
-from llmquant_kernels.triton_layout import Spec
+from llmquant_kernels.triton_layout import Spec, tensors_of
 from llmquant_kernels.triton_settings import BUCKETS, TUNED, Device, Settings, heuristic, key, legal, slug
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (4304, 4304))
@@ -223,9 +223,7 @@ def first_experiment(args: Namespace, bandwidth: float) -> Iterator[dict[str, An
         with patch.object(triton_ops, "_interpreted", lambda plain=decoding == "plain": plain):
             try:
                 record["error"] = check(subject, x, settings)
-                spec = subject.spec
-                calls = [partial(triton_ops.launch, x, parts(own), None, spec, settings) for own in subject.prepared]
-                seconds = graph_seconds(calls)
+                seconds = graph_seconds(launches(subject, x, settings))
                 record |= {"microseconds": 1e6 * seconds, "bandwidth": subject.weight_bytes / seconds / bandwidth}
             except Exception as error:
                 record["failed"] = f"{type(error).__name__}: {error}"[:500]
@@ -263,9 +261,11 @@ def copies(size: int, device: str) -> int:
     return max(2, math.ceil(3 * cache / size))
 
 
-def parts(prepared: Any) -> Any:
-    names = ("low", "high", "scale", "zero", "table", "row", "offset")
-    return tuple(getattr(prepared, name) for name in names)
+def launches(subject: Subject, x: Tensor, settings: Settings) -> list[Callable[[], Tensor]]:
+    """The product of x with each copy of the weight."""
+    from llmquant_kernels import triton_ops
+
+    return [partial(triton_ops.launch, x, tensors_of(own), None, subject.spec, settings) for own in subject.prepared]
 
 
 def error_of(y: Tensor, x: Tensor, exact: Tensor) -> float:
@@ -280,7 +280,7 @@ def check(subject: Subject, x: Tensor, settings: Settings) -> float:
     from llmquant_kernels import triton_ops
 
     out = torch.full((len(x), subject.spec.rows), torch.nan, dtype=x.dtype, device=x.device)
-    triton_ops.launch(x, parts(subject.prepared[0]), None, subject.spec, settings, out)
+    triton_ops.launch(x, tensors_of(subject.prepared[0]), None, subject.spec, settings, out)
     error = error_of(out, x, subject.exact)
     dense = error_of(functional.linear(x, subject.exact.to(x.dtype)), x, subject.exact)
     if error > 2 * dense + 1e-6:
@@ -368,8 +368,7 @@ def tune(subject: Subject, case: Case) -> dict[str, Any]:
         except Exception as refused:  # too many registers, say: the next one
             print(f"  {settings}: {str(refused)[:100]}", flush=True)
             continue
-        calls = [partial(triton_ops.launch, x, parts(own), None, subject.spec, settings) for own in subject.prepared]
-        times[settings] = graph_seconds(calls)
+        times[settings] = graph_seconds(launches(subject, x, settings))
     if not times:
         raise RuntimeError(f"no settings work for {case}")
     best = min(times, key=lambda settings: times[settings])

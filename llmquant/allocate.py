@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -185,8 +184,7 @@ def _method(model: StreamedModel, rows: list[Row], budget: Budget, max_memory: i
         raise PlanError("--max-kl: the errors of outputs say nothing of divergence: take --sensitivity kl or fisher")
     if budget.sensitivity != "auto":
         return budget.sensitivity
-    own = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else psutil.virtual_memory().total
-    room = int(0.8 * own) if max_memory is None else max_memory - estimate.BASE
+    room = int(0.8 * estimate.device_memory(model.device)[1]) if max_memory is None else max_memory - estimate.BASE
     affordable = operations(model, rows, budget) <= AFFORDABLE.get(model.device.type, AFFORDABLE["cpu"])
     return "kl" if affordable and memory(model, rows) <= room else "fisher"
 

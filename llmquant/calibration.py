@@ -29,6 +29,7 @@ from llmquant.swap import WeightSwap
 FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
 SEEN_BYTES = 2**29  # of what the reference shows of a block that is kept, for it not to be run again and again
+LOUD = 4.0  # times as large as the median token of a window: beyond that errors count relative to the size
 FEW_HELD = 256  # held-out tokens of an expert below which those of the other experts judge it too
 
 
@@ -217,7 +218,10 @@ class Streams:
         return self._judged(stats, stage)
 
     def _into_linears(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> Parcel:
-        """What enters the linears of a stage in a batch: x and x_ref (.., in); debt (.., out), where there is one."""
+        """What enters the linears of a stage in a batch: x and x_ref (.., in); debt (.., out), where there is one.
+
+        Where what they put out is added to a residual stream, tokens count as `quieted` says of the sum.
+        """
         seen = self._seen_of(block)
         if (id(stage), i) in seen.inputs:
             x_ref, carried_ref = seen.inputs[id(stage), i]
@@ -230,11 +234,17 @@ class Streams:
             return Parcel()
         if x[..., 0].numel() != self.quantized[i][..., 0].numel():
             return Parcel(None, {"x": x, "x_ref": x})  # an expert as a module: other tokens may be sent to it in either
+        unscaled = x_ref
         if stage.scale is not None:
             x_ref = x_ref / stage.scale
         if carried is None or carried_ref is None:
             return Parcel(None, {"x": x, "x_ref": x_ref})
-        return Parcel(None, {"x": x, "x_ref": x_ref, "debt": carried_ref - carried})
+        with swap.original():
+            weights = quieted(carried_ref + self.model.module(stage.targets[0])(unscaled))
+        found = {"x": x, "x_ref": x_ref, "debt": carried_ref - carried}
+        if (weights < 1).any():
+            found = {name: part * weights.to(part.dtype) for name, part in found.items()}
+        return Parcel(None, found)
 
     @phase("forward")
     def inputs(self, block: int, stage: Stage, hidden: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -402,7 +412,7 @@ class Streams:
                 with swap.original():
                     outputs[i] = self._run(block, self.reference[i], self.calls[i])
             found = self._run(block, self.quantized[i], self.calls[i])
-            error = (found - outputs[i]).flatten(0, -2).float()
+            error = ((found - outputs[i]).float() * quieted(outputs[i])).flatten(0, -2)
             error = error[torch.isfinite(error).all(-1)]
             own.append((_in_metric(error, curvature), len(error)))
         totals, tokens = zip(*self.ranks.interleaved(own), strict=True)
@@ -454,6 +464,18 @@ class Streams:
         for total in stats.sums():
             self.ranks.spread(total)
         return stats
+
+
+def quieted(hidden: Tensor) -> Tensor:
+    """By what errors of hidden states (windows, length, width) count, (windows, length, 1) float32, at most 1.
+
+    What reads the residual stream divides each token by its size. In large models some tokens, mostly the first, are a
+    hundred times as large as the others between two blocks (arXiv:2402.17762): by their size their errors would drown
+    all that the loss feels. Beyond LOUD times the median of their window errors count relative to the size.
+    """
+    size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+    median = size.nanmedian(dim=-2, keepdim=True).values
+    return torch.where(size > LOUD * median, (LOUD * median / size), 1.0).where(median > 0, 1.0)
 
 
 def summed_windows(count: int) -> int:

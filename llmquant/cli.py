@@ -19,8 +19,12 @@ from llmquant.card import alike, allocated, fitted, tuned, turned, verified
 from llmquant.cli_budget import budget_of, short
 from llmquant.cli_check import print_divergence
 from llmquant.cli_common import (
+    DeviceOption,
     JsonOption,
+    LengthOption,
     ModelArgument,
+    OverwriteOption,
+    SeedOption,
     TrustOption,
     bytes_named,
     dtype_named,
@@ -127,10 +131,10 @@ def quantize(
         ),
     ] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
+    length: LengthOption = None,
     batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
-    seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -144,7 +148,7 @@ def quantize(
         str | None, typer.Option(help="Export the result, too: compressed-tensors, gptq, gguf or dense.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
+    overwrite: OverwriteOption = False,
     offload_activations: Annotated[
         Path | None, typer.Option(help="Folder for the hidden states of calibration [memory, if they fit].")
     ] = None,

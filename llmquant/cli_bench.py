@@ -12,7 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from llmquant.cli_common import JsonOption, dtype_named, out
+from llmquant.cli_common import (
+    DeviceOption,
+    JsonOption,
+    dtype_named,
+    out,
+)
 from llmquant.errors import PlanError
 
 
@@ -23,7 +28,7 @@ def bench(
         list[str] | None, typer.Option(help="Format of a random weight, as nf4:g64. Repeatable. [int4:g128]")
     ] = None,
     rows: Annotated[str, typer.Option(help="Rows of activations: tokens that are computed together.")] = "1,8,32,128",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="Type of the activations: float32, bfloat16, float16.")] = "bfloat16",
     runs: Annotated[int, typer.Option(min=1, help="Pairs of products that a figure is the median of.")] = 9,
     keep_decoded: Annotated[bool, typer.Option("--keep-decoded", help="Hold the decoded weights, too.")] = False,

@@ -11,11 +11,14 @@ from rich.table import Column, Table
 
 from llmquant.card import alike, verified
 from llmquant.cli_common import (
+    DeviceOption,
     FolderArgument,
     JsonOption,
+    MaxWindowsOption,
     ModelArgument,
     TextOption,
     TrustOption,
+    WindowOption,
     dtype_named,
     out,
     print_lines,
@@ -32,8 +35,8 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="documents: a BOS before each; gptq: joined by blank lines.")
     ] = "documents",
-    window: Annotated[int | None, typer.Option(help="Tokens a window [2048, or the model's limit].")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Measure on the first windows only.")] = None,
+    window: WindowOption = None,
+    max_windows: MaxWindowsOption = None,
     dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "float32",
     activations: Annotated[
         str | None,
@@ -130,7 +133,7 @@ def verify(
     length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 128,
     max_kl: Annotated[float, typer.Option(help="Nats a token, at most.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 [the reference's own].")] = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,

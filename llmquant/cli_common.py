@@ -23,6 +23,12 @@ ModelArgument = Annotated[str, typer.Argument(help="A folder with config.json an
 FolderArgument = Annotated[Path, typer.Argument(help="A folder that quantize wrote.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")]
+LengthOption = Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")]
+WindowOption = Annotated[int | None, typer.Option(help="Tokens a window [2048, or the model's limit].")]
+MaxWindowsOption = Annotated[int | None, typer.Option(help="Measure on the first windows only.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")]
 TextOption = Annotated[
     str, typer.Option(help="Text to measure on: a text, JSON, JSONL or parquet file, or a dataset id.")
 ]

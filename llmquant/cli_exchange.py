@@ -11,17 +11,18 @@ import typer
 from llmquant.cli_common import (
     FolderArgument,
     JsonOption,
+    MaxWindowsOption,
     ModelArgument,
+    OverwriteOption,
     TextOption,
     TrustOption,
+    WindowOption,
     dtype_named,
     notes,
     print_lines,
     progress_bar,
     size,
 )
-
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")]
 
 
 def generate(
@@ -118,8 +119,8 @@ def compare(
     text: TextOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("compare.html"),
     prompt: Annotated[str | None, typer.Option(help="What all continue [the first words of the text].")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens a window [2048, or the model's limit].")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Measure on the first windows only.")] = None,
+    window: WindowOption = None,
+    max_windows: MaxWindowsOption = None,
     dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "float32",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,

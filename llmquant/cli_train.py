@@ -11,9 +11,13 @@ import typer
 
 from llmquant.card import learned, tuned
 from llmquant.cli_common import (
+    DeviceOption,
     FolderArgument,
     JsonOption,
+    LengthOption,
     ModelArgument,
+    OverwriteOption,
+    SeedOption,
     TrustOption,
     bytes_named,
     dtype_named,
@@ -40,7 +44,7 @@ def qat(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write [MODEL-FORMAT-qat].")] = None,
     steps: Annotated[int, typer.Option(help="Updates of all that is trained.")] = 300,
     samples: Annotated[int, typer.Option(help="Windows of text; an eighth of them is held out.")] = 1024,
-    length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
+    length: LengthOption = None,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Pieces that a batch is cut into, one after the other.")] = 1,
     rate: Annotated[float, typer.Option(help="Of weights, in steps of their grid an update.")] = 2e-2,
@@ -49,11 +53,11 @@ def qat(
         float, typer.Option(help="What the cross-entropy of the text weighs, beside KL from the original.")
     ] = 0.0,
     rounding: Annotated[str, typer.Option(help="While training: nearest, stochastic or floor.")] = "nearest",
-    seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(help="Type to compute in: float32, bfloat16, float16 [its own].")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Refuse a plan that needs more, as 4GiB.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -104,7 +108,7 @@ def tune(
         str, typer.Option(help="Text to tune on, as for quantize; self: the original's own samples.")
     ] = "self",
     samples: Annotated[int, typer.Option(help="Windows of it; an eighth of them is held out.")] = 128,
-    length: Annotated[int | None, typer.Option(help="Tokens a window [512, or the model's limit].")] = None,
+    length: LengthOption = None,
     steps: Annotated[int, typer.Option(help="Updates of all that is trained.")] = 150,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
     codes: Annotated[bool, typer.Option("--codes", help="Train the rounding, too.")] = False,
@@ -112,13 +116,13 @@ def tune(
         int | None,
         typer.Option(help="Likeliest tokens of the original to tune towards; 0: all [64 if memory is short]."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same machine: same bytes.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 [cuda where there is one].")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Type to compute in: float32, bfloat16, float16 [the reference's own].")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="Refuse a plan that needs more, as 4GiB.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result or cut run.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -34,6 +35,14 @@ CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
 TRIED = 14 * 64  # tokens that go through a block in float32 to find where scales can be moved
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of it, those that are free and all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    found = psutil.virtual_memory()
+    return found.available, found.total
 
 
 @dataclass(frozen=True)

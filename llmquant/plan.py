@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 import llmquant_kernels
 from llmquant import estimate, formats
@@ -152,8 +151,7 @@ def _decided(
 
 def _means(model: StreamedModel, rows: tuple[Row, ...], work: Work, max_memory: int | None) -> Means:
     """Of tuning. By all the memory that the device has, not what is free: the same machine comes to the same result."""
-    own = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else psutil.virtual_memory().total
-    room = int(0.8 * own) if max_memory is None else max_memory
+    room = int(0.8 * estimate.device_memory(model.device)[1]) if max_memory is None else max_memory
     means = estimate.means(model, rows, work, room)
     if means.nbytes > room:
         raise PlanError(

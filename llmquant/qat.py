@@ -28,7 +28,7 @@ from llmquant import finishing, pipeline, verification
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.errors import PlanError, VerificationError
-from llmquant.estimate import BASE, Row
+from llmquant.estimate import BASE, Row, device_memory
 from llmquant.fake_quantize import ROUNDINGS, FakeQuantized
 from llmquant.job import Job, Prepared, Progress, silent
 from llmquant.output import OutputFolder
@@ -89,9 +89,7 @@ def prepare(
         raise PlanError("training needs text, and neither rotates a model nor tunes it otherwise")
     prepared = pipeline.prepare(job, output, overwrite=overwrite)
     need = memory(prepared, course, recompute=True)
-    device = torch.device(job.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    room = free if max_memory is None else max_memory
+    room = device_memory(prepared.model.device)[0] if max_memory is None else max_memory
     if need > room:
         raise PlanError(
             f"training needs about {need:,} bytes of memory, and there are {room:,}: cut a batch into more pieces with "

@@ -97,7 +97,7 @@ class Scales:
             parameter = model.module(self.targets[name]).get_parameter("weight")
             target = self.targets[name]
             self.swap.replace(target.parameter, parameter, target.stored(self.matrix(name)).to(parameter.dtype))
-        self.notes.append({"source": place.source, "readers": list(place.readers), **note})
+        self.notes.append({"source": place.source, "readers": list(place.readers), "offset": place.offset, **note})
         return columns
 
 

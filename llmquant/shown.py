@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from llmquant import chats, domain, sampling, text
 from llmquant.errors import CheckpointError, DataError
+from llmquant.estimate import device_memory
 from llmquant.job import Calibration, Prepared, Progress
 from llmquant.matrices import loader_of
 from llmquant.output import CALIBRATION, OutputFolder
@@ -117,8 +117,7 @@ def _turns(prepared: Prepared) -> chats.Turns | None:
 def _check_room(prepared: Prepared) -> None:
     """The model's own samples need all of it in memory at once, which nothing else here does."""
     need = sum(prepared.checkpoint.nbytes(name) for name in prepared.checkpoint.names())
-    device = torch.device(prepared.job.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free, _ = device_memory(prepared.model.device)
     if need > 0.9 * free:
         raise DataError(
             f"the model's own samples need all of it in memory: {need:,} bytes, {free:,} are free: give text with "

@@ -2,12 +2,18 @@
 
 What is compared, from the least assumed to the most wanted:
 
-weights   every quantized matrix is decoded from the folder's bytes and compared with the original: its error must be
-          the one that was noted when it was solved, so that whatever was written, named or mapped wrongly shows. Every
+weights   every quantized matrix is decoded from the folder's bytes and compared with the original, its columns scaled
+          where a norm's were moved there: its error must be the one that was noted when it was solved, so that
+          whatever was written, named or mapped wrongly shows. Every
           other tensor must have the original's very bytes, but for vectors where the run has tuned them.
 outputs   every block is run on what the original model hands it. Of what it adds to that, it may miss FACTOR times the
           root mean square of its weights' errors, but in no format more than WORST; and, of all it puts out, two units
-          in the last place.
+          in the last place. A block that misses more has made up for what those before it lost, if on what the
+          quantized model hands it it does no worse, by more than that, than the original block there, and not all is
+          lost already.
+          Each token counts by the size of its own hidden state: what reads it divides by that, and in large models one
+          token may be a thousand times as large as the others (M. Sun et al., "Massive Activations in Large Language
+          Models", arXiv:2402.17762).
 logits    the original and the quantized hidden states go through to the end: KL(original || quantized), which
           `max_kl` may bound.
 
@@ -53,9 +59,10 @@ class Block:
     """name "": all that lies outside the blocks.
 
     weights: root mean square over its quantized matrices of |decoded - original| / |original|.
-    error: of the block alone, on the original's hidden states, |outputs - original outputs| / |original outputs|;
-    bound: what it may be at most; None where the weights have been trained. drift: the same ratio behind this block,
-    with all blocks before it quantized too.
+    error: of the block alone, on the original's hidden states, |outputs - original outputs| / |original outputs|, the
+    root of the mean square over tokens; bound: what it may be at most; None where the weights have been trained.
+    drift: the same behind this block, with all blocks before it quantized too, which error and bound are about where
+    this one makes up for what those lost.
     """
 
     name: str
@@ -233,7 +240,7 @@ def verify(
     noted = {tensor["name"]: tensor["error"] for tensor in manifest["tensors"] if "error" in tensor}  # not converted
     tuning = manifest.get("tuning")
     tuned = "qat" in manifest or (isinstance(tuning, dict) and tuning.get("kept") is True)
-    moved = {name for note in manifest.get("scaled", []) for name in (note["source"], *note["readers"])}
+    moved = _moved(manifest.get("scaled", []))
     compare = partial(_weights, decoded, reference, noted, tuned, moved)
     problems: list[str] = []
     blocks: list[Block] = []
@@ -284,14 +291,14 @@ def _weights(
     reference: StreamedModel,
     noted: dict[str, float],
     tuned: bool,
-    moved: set[str],
+    moved: dict[str, tuple[str, float] | None],
     name: str,
     keys: list[str],
     problems: list[str],
 ) -> Block:
     """Compare the tensors of a block, one at a time. tuned: vectors have been trained, and are another's affair.
 
-    moved: modules between which scales were moved: their tensors are others, and the block's outputs have to prove it.
+    moved: see _moved.
     """
     known = set(decoded.names())
     free = {reference.source_key(f"{module}.{leaf}") for module in moved for leaf in ("weight", "bias")}
@@ -310,15 +317,46 @@ def _weights(
             if not changed and not _same_bytes(original, found):
                 problems.append(f"{key}: is not quantized, but differs from the original")
             continue
-        module = decoded.matrices[key][1].name
+        target = decoded.matrices[key][1]
+        module = target.name
         if module in moved:
-            errors.append(noted[module])
-            continue
+            if (columns := _columns(decoded, reference, moved[module])) is None:
+                errors.append(noted[module])
+                continue
+            original = target.stored(target.seen(original).float() * columns)
         error = ratio(energy(found.sub_(original).flatten(1)), _energy(original))
         errors.append(_compared(module, key, error, noted, problems))
     if name:
         errors += _experts(name, decoded, reference, noted, problems)
     return Block(name, len(errors), math.sqrt(sum(e * e for e in errors) / max(1, len(errors))))
+
+
+def _moved(notes: list[dict[str, Any]]) -> dict[str, tuple[str, float] | None]:
+    """The modules between which scales were moved, whose tensors are others than the original's.
+
+    Of those that read what one norm puts out: its name, and what it adds to its weight. Of others the block's outputs
+    have to prove what they hold.
+    """
+    found: dict[str, tuple[str, float] | None] = {}
+    for note in notes:
+        offset = note.get("offset")  # none where the source is a linear
+        norm = None if offset is None else (note["source"], float(offset))
+        found[note["source"]] = None
+        for name in note["readers"]:
+            found[name] = None if name in found else norm
+    return found
+
+
+def _columns(decoded: Decoded, reference: StreamedModel, norm: tuple[str, float] | None) -> Tensor | None:
+    """By what the columns (in,) were multiplied that read a norm: what its weight was divided by; None if unknown."""
+    if norm is None:
+        return None
+    name, offset = norm
+    key = str(reference.source_key(f"{name}.weight"))
+    with reference.checkpoint.slices([key]) as stored:
+        before = stored[key][...].float() + offset
+    after = decoded.tensor(key).float() + offset
+    return before / after if after.all() else None
 
 
 def _experts(
@@ -370,24 +408,27 @@ class _Pair:
 
     def through(self, index: int, block: Block) -> Block:
         """Both go through a block, and the original's hidden states through the quantized block as well."""
-        before = self.original
-        self.reference.load_block(index)
-        after = self.reference.run_block(index, before, self.calls[0][index])
-        self.reference.unload_block(index)
+        before, entered = self.original, self.quantized
+        self.original = self._run(self.reference, index, before)
         self.twin.load_block(index)
         self.decoded.fill(self.twin, index)
-        alone = self.twin.run_block(index, before, self.calls[1][index])
-        self.quantized = self.twin.run_block(index, self.quantized, self.calls[1][index])
+        alone, self.quantized = (self.twin.run_block(index, x, self.calls[1][index]) for x in (before, entered))
         self.twin.unload_block(index)
-        self.original = after
-        size = _norm(after)
+        after = self.original
         last_place = 2 * torch.finfo(after.dtype).eps
-        return replace(
-            block,
-            error=_norm(alone.float() - after.float()) / size,
-            bound=min(WORST, FACTOR * block.weights) * _norm(after.float() - before.float()) / size + last_place,
-            drift=_norm(self.quantized.float() - after.float()) / size,
-        )
+        error, drift = _apart(alone, after, after), _apart(self.quantized, after, after)
+        bound = min(WORST, FACTOR * block.weights) * _apart(before, after, after) + last_place
+        if not error <= bound:
+            exact = _apart(self._run(self.reference, index, entered), after, after)
+            if drift <= (together := min(WORST, math.hypot(exact, bound))):
+                return replace(block, error=drift, bound=together, drift=drift)
+        return replace(block, error=error, bound=bound, drift=drift)
+
+    def _run(self, model: StreamedModel, index: int, hidden: Tensor) -> Tensor:
+        model.load_block(index)
+        after = model.run_block(index, hidden, self.calls[0][index])
+        model.unload_block(index)
+        return after
 
     def divergence(self, windows: Tensor) -> Divergence:
         vocabulary = self.reference.config.get_text_config().vocab_size
@@ -422,5 +463,7 @@ def _begin(
     return _Pair(reference, twin, decoded, original, quantized, (calls, own_calls)), None
 
 
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float32))
+def _apart(a: Tensor, b: Tensor, size: Tensor) -> float:
+    """The root of the mean over tokens of |a - b|^2 / |size|^2, for hidden states (.., width)."""
+    apart, own = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in (a.float() - b.float(), size))
+    return float((apart / own.clamp_min(torch.finfo(torch.float32).tiny)).square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""What tests share: the bundled model, and text that it was not trained on."""
+"""What tests share: the bundled model, and text that it was not trained on; scripts that measure can be imported."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 # other, and on a machine that does something else too they wait long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ASSETS = Path(__file__).parent / "assets"
-sys.path.insert(0, str(ASSETS))
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "tests" / "assets"
+sys.path[:0] = [str(ASSETS), str(ROOT / "eval"), str(ROOT / "kernels")]
 
 
 @pytest.fixture(scope="session")

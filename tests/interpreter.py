@@ -1,12 +1,39 @@
-"""Triton's interpreter, taught to round: it computes on the bits of bfloat16 as if they were integers."""
+"""Triton's interpreter: tests in a process of their own, where it is taught to round.
+
+It computes on the bits of bfloat16 as if they were integers, and is chosen when triton is imported.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton.language as tl
-from triton.runtime import interpreter
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+
+def everywhere(test: Any) -> Any:
+    """Mark a test that runs in the interpreter only."""
+    for mark in (pytest.mark.interpreted, pytest.mark.skipif(not INTERPRETED, reason="in a process of their own")):
+        test = mark(test)
+    return test
+
+
+def run_marked(file: str) -> None:
+    """The tests of a file that are marked so, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "interpreted", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert found.returncode == 0, found.stdout[-20000:] + found.stderr[-5000:]
 
 
 def hurry() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -19,9 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmquant
-from llmquant import checkpoint, cli, errors, output, pipeline
+from llmquant import checkpoint, cli, cli_check, cli_train, errors, folder_tuning, output, pipeline, qat
 
 FAST = ["--quality", "fast", "--group", "32"]
+STATED_TWICE: list[tuple[Any, Any]] = [
+    (cli.quantize, llmquant.quantize),
+    (cli_check.evaluate, llmquant.evaluate),
+    (cli_train.qat, qat.Course),
+    (cli_train.tune, folder_tuning.Course),
+]
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -145,6 +152,18 @@ def test_bad_model_is_one_line_and_its_exit_code(damage: str, run: Run, model: P
     assert message in errors_said[0]
     assert "Traceback" not in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("command", "interface"), STATED_TWICE)
+def test_a_command_has_the_defaults_of_the_interface(command: Any, interface: Any) -> None:
+    """They are stated twice, so that a command line that is only read does not wait for torch."""
+    own, theirs = (inspect.signature(part).parameters for part in (command, interface))
+    shared = [name for name in own if name in theirs and theirs[name].default is not inspect.Parameter.empty]
+    shared = [name for name in shared if name != "format"]  # of quantize: put together of --bits and --group
+    assert len(shared) > 1
+    for name in shared:
+        default = theirs[name].default
+        assert own[name].default == (str(default).removeprefix("torch.") if name == "dtype" and default else default)
 
 
 def test_bad_requests(run: Run, pycode: Path, tmp_path: Path) -> None:

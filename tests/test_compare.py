@@ -17,7 +17,6 @@ from llmquant.errors import DataError
 from llmquant.sampling import sample_windows
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
 
 compare: Any = importlib.import_module("compare")
 rivals: Any = importlib.import_module("rivals")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import CompileConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 
 
 @pytest.mark.parametrize("spec", ["int4:g64", "mxfp4"])

@@ -436,6 +436,8 @@ KINDS = {
     "nvfp4": Kind(4, 16, F8, levels=E2M1, outer="tensor"),
     "mx9": Kind(8, 16, E8M0, levels=sign_magnitude(8), outer="tensor", outer_value=2**-6, micro=True),
     "mx6": Kind(5, 16, E8M0, levels=sign_magnitude(5), outer="tensor", outer_value=2**-3, micro=True),
+    "mx9_one_zero": Kind(8, 16, E8M0, levels=sign_magnitude(8) + 0.0, outer="tensor", outer_value=2**-6, micro=True),
+    "mx6_one_zero": Kind(5, 16, E8M0, levels=sign_magnitude(5) + 0.0, outer="tensor", outer_value=2**-3, micro=True),
     "mx4": Kind(3, 16, E8M0, levels=sign_magnitude(3), outer="tensor", outer_value=2**-1, micro=True),
     **{f"vsq{bits}": Kind(bits, 16, torch.uint8, outer="row", zero=2 ** (bits - 1)) for bits in range(3, 9)},
     "vsq4_g32": Kind(4, 32, torch.uint8, outer="row", zero=8, few="cpu_int4"),

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import outliers
 import pytest
 import torch
 from architectures import make_checkpoint
 from safetensors.torch import load_file
 from test_pipeline import SMALL, quantize
-from test_scaling import plant
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmquant import card, formats, metrics, pipeline, rotation, trial, verification
@@ -157,7 +157,9 @@ def test_the_plan_says_what_untying_costs(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def hidden(pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model with outliers that a norm hides."""
-    return plant(pycode, tmp_path_factory.mktemp("hidden") / "model", 30.0)
+    planted = outliers.hidden_by_norms(outliers.loaded(pycode), 30.0)
+    folder: Path = outliers.saved(planted, pycode, tmp_path_factory.mktemp("hidden") / "model")
+    return folder
 
 
 def test_a_trial_is_the_divergence_of_the_run_that_it_stands_for(pycode: Path, tmp_path: Path) -> None:
@@ -180,13 +182,13 @@ def test_a_rotation_is_chosen_where_weights_hide_outliers(pycode: Path, hidden: 
         )
         return pipeline.prepare(job, tmp_path / "out")
 
-    plain, outliers, balanced = chosen(pycode), chosen(hidden), chosen(hidden, calibration=SMALL)
-    assert [one.job.rotate for one in (plain, outliers, balanced)] == ["none", "residual", "none"]
-    assert outliers.rotation is not None
-    found = outliers.rotation["divergences"]
+    plain, loud, balanced = chosen(pycode), chosen(hidden), chosen(hidden, calibration=SMALL)
+    assert [one.job.rotate for one in (plain, loud, balanced)] == ["none", "residual", "none"]
+    assert loud.rotation is not None
+    found = loud.rotation["divergences"]
     assert list(found) == list(rotation.MODES)
     assert found["residual"] < 0.3 * found["none"]
-    assert f"residual {found['residual']:.4f}" in outliers.plan.notes[-1]
+    assert f"residual {found['residual']:.4f}" in loud.plan.notes[-1]
     assert balanced.rotation is not None
     assert "scales are moved instead" in balanced.rotation["reason"]
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import outliers
 import pytest
 import torch
 from architectures import make_checkpoint
@@ -20,29 +21,6 @@ from llmquant.recipe import Recipe, Rule
 from llmquant.shown import asked_windows
 from llmquant.stats import Stats
 
-READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-
-
-@torch.no_grad()
-def plant(model: Path, folder: Path, factor: float, channels: int = 5) -> Path:
-    """The same model in float32 with some channels of every norm multiplied by a factor, and divided where read."""
-    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for block in llama.model.layers:
-        for norm, readers in READERS.items():
-            weight = block.get_submodule(norm).weight
-            chosen = torch.randperm(len(weight), generator=generator)[:channels]
-            weight[chosen] *= factor
-            for reader in readers:
-                block.get_submodule(reader).weight[:, chosen] /= factor
-    llama.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((model / name).read_bytes())
-    return folder
-
 
 @pytest.mark.parametrize("spec", ["int4:g32", "int3:g32"])
 def test_outliers_that_weights_undo_change_the_divergence_by_a_tenth_at_most(
@@ -56,7 +34,8 @@ def test_outliers_that_weights_undo_change_the_divergence_by_a_tenth_at_most(
     reference = AutoModelForCausalLM.from_pretrained(pycode, dtype=torch.float32)
     found = []
     for factor in (1.0, 30.0):
-        model = plant(pycode, tmp_path / f"model{factor}", factor)
+        planted = outliers.hidden_by_norms(outliers.loaded(pycode), factor)
+        model = outliers.saved(planted, pycode, tmp_path / f"model{factor}")
         manifest = quantize(model, tmp_path / f"out{factor}", spec, calibration=calibration)
         balanced = [note for note in manifest["scaled"] if note["rule"] == "balance"]
         assert len(balanced) == 0 if factor == 1 else len(balanced) > 8  # of twelve norms

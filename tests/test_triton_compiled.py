@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ import torch
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs triton, not interpreted"
 )
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 
 # ---- the assembly, by a simulator of the six instructions that it consists of

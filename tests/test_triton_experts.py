@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from architectures import make_checkpoint
+from interpreter import INTERPRETED, everywhere
 from test_kernels import BF16, F16, KINDS, Case, draw, draw_kind
 from torch import Tensor
 
@@ -24,34 +23,19 @@ from llmquant.recipe import Recipe, Rule
 from llmquant_kernels import PackedWeight, TritonExperts
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="these are the tests that run there")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert found.returncode == 0, found.stdout[-20000:] + found.stderr[-5000:]
+    interpreter.run_marked(__file__)
 
 
 if INTERPRETED:
-    import interpreter
-
     interpreter.repair_bfloat16()
     interpreter.hurry()
     from llmquant_kernels import triton_ops
-    from llmquant_kernels.triton_layout import Spec
+    from llmquant_kernels.triton_layout import Spec, tensors_of
     from llmquant_kernels.triton_settings import Device, Settings, legal
-
-interpreted = [pytest.mark.interpreted, pytest.mark.skipif(not INTERPRETED, reason="in a process of their own")]
-
-
-def everywhere(test: Any) -> Any:
-    for mark in interpreted:
-        test = mark(test)
-    return test
-
 
 GEMV = ("gemv", 8, 32, 1, 4)
 GEMM = ("gemm", 16, 64, 1, 4)
@@ -77,10 +61,9 @@ def check(weight: PackedWeight, exact: Tensor, dtype: torch.dtype, tokens: list[
     x = (torch.randn(sum(tokens) + 2, exact.shape[1], generator=torch.Generator().manual_seed(1)) + 0.5).to(dtype)
     bias = torch.randn(len(tokens), spec.rows, generator=torch.Generator().manual_seed(2)).to(dtype)
     ends = torch.tensor(tokens).cumsum(0, dtype=torch.int32)
-    parts: Any = tuple(getattr(prepared, name) for name in ("low", "high", "scale", "zero", "table", "row", "offset"))
     out = torch.full((len(x), spec.rows), torch.nan, dtype=dtype)
     one = legal(Settings(*settings, 2), spec, Device())  # type: ignore[call-arg]
-    y = triton_ops.launch(x, parts, bias, spec, one, out, ends)
+    y = triton_ops.launch(x, tensors_of(prepared), bias, spec, one, out, ends)
     assert y[int(ends[-1]) :].isnan().all()  # of no expert
     start = 0
     for expert, end in enumerate(ends.tolist()):
@@ -131,9 +114,8 @@ def test_the_operator_keeps_torchs_rules() -> None:
     experts, _ = apart(*draw(Case(4, (2 * 16, 64), 32, 8)), 2)
     prepared = TritonExperts(experts, F16)
     x, ends = torch.randn(5, 64).half(), torch.tensor([2, 5], dtype=torch.int32)
-    parts = [getattr(prepared, name) for name in ("low", "high", "scale", "zero", "table", "row", "offset")]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (x, ends, *parts, torch.randn(2, 16).half(), prepared.spec)
+    arguments = (x, ends, tensors_of(prepared), torch.randn(2, 16).half(), prepared.spec)
     torch.library.opcheck(torch.ops.llmquant.triton_grouped.default, arguments, test_utils=checks)
 
 

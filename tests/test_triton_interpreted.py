@@ -6,16 +6,14 @@ other processes see here starts. Products are judged by what a dense weight of t
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
+from interpreter import INTERPRETED, everywhere
 from test_kernels import BF16, F16, F32, KINDS, Case, draw, draw_kind
 from torch import Tensor
 
@@ -23,46 +21,25 @@ import llmquant_kernels as kernels
 from llmquant_kernels import PackedWeight, Prepared
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="these are the tests that run there")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert found.returncode == 0, found.stdout[-20000:] + found.stderr[-5000:]
+    interpreter.run_marked(__file__)
 
 
 if INTERPRETED:
-    import interpreter
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
     interpreter.repair_bfloat16()
     interpreter.hurry()
     from llmquant_kernels import triton_ops
-    from llmquant_kernels.triton_layout import Spec
+    from llmquant_kernels.triton_layout import Spec, tensors_of
     from llmquant_kernels.triton_settings import Device, Settings, heuristic, legal
-
-interpreted = [pytest.mark.interpreted, pytest.mark.skipif(not INTERPRETED, reason="in a process of their own")]
-
-
-def everywhere(test: Any) -> Any:
-    for mark in interpreted:
-        test = mark(test)
-    return test
-
 
 GEMV = ("gemv", 8, 16, 1, 4)
 GEMV_WIDE = ("gemv", 16, 32, 1, 8)
 SKINNY = ("gemm", 16, 64, 1, 4)
 SPLIT = ("gemm", 32, 128, 3, 4)
 ROWS = (1, 2, 8, 16, 17, 31, 32, 33)
-
-
-def parts(prepared: Any) -> Any:
-    names = ("low", "high", "scale", "zero", "table", "row", "offset")
-    return tuple(getattr(prepared, name) for name in names)
 
 
 def multiply(
@@ -73,7 +50,7 @@ def multiply(
     settings = heuristic(len(x), spec, Device()) if settings is None else Settings(*settings)
     settings = legal(settings._replace(stages=2, scaled=settings.scaled or scaled), spec, Device())
     out = torch.full((len(x), spec.rows), torch.nan, dtype=x.dtype)
-    return triton_ops.launch(x, parts(prepared), bias, spec, settings, out)
+    return triton_ops.launch(x, tensors_of(prepared), bias, spec, settings, out)
 
 
 def check(weight: PackedWeight, exact: Tensor, dtype: torch.dtype, rows: int, settings: Any, **options: Any) -> None:
@@ -176,7 +153,7 @@ def test_the_same_twice_and_nothing_else_written() -> None:
         storage = torch.full((9 * 33 + 64,), torch.nan, dtype=F16)
         spec = Spec.of(prepared.spec)  # type: ignore[attr-defined]
         out = storage[32:-32].view(9, 33)
-        triton_ops.launch(x, parts(prepared), None, spec, legal(Settings(*settings), spec, Device()), out)
+        triton_ops.launch(x, tensors_of(prepared), None, spec, legal(Settings(*settings), spec, Device()), out)
         assert out.isfinite().all()
         assert storage[:32].isnan().all()
         assert storage[-32:].isnan().all()
@@ -226,10 +203,10 @@ def test_the_operators_keep_torchs_rules(case: Case) -> None:
     x, bias = torch.randn(2, 3, case.shape[1]).half(), torch.randn(case.shape[0]).half()
     # Without its test of autograd: none of what is passed asks for gradients.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for arguments in ((x, *parts(prepared), bias, prepared.spec), (x[0, 0], *parts(prepared), None, prepared.spec)):
-        torch.library.opcheck(torch.ops.llmquant.triton_linear.default, arguments, test_utils=checks)
-    arguments = (*parts(prepared), prepared.spec, F16, True)
-    torch.library.opcheck(torch.ops.llmquant.triton_dequantize.default, arguments, test_utils=checks)
+    for arguments in ((x, tensors_of(prepared), bias), (x[0, 0], tensors_of(prepared), None)):
+        torch.library.opcheck(torch.ops.llmquant.triton_linear.default, (*arguments, prepared.spec), test_utils=checks)
+    decoding = (tensors_of(prepared), prepared.spec, F16, True)
+    torch.library.opcheck(torch.ops.llmquant.triton_dequantize.default, decoding, test_utils=checks)
 
 
 @everywhere

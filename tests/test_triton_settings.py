@@ -19,7 +19,6 @@ from llmquant_kernels.triton_layout import Spec
 from llmquant_kernels.triton_settings import Device, Settings, heuristic, key, legal, settings_for, shared_bytes
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
 SPEC = Spec(4096, 4096, 128, 128, "int4", "bf16", 2, 8.0, 0)
 SPECS = [
     SPEC,
@@ -76,7 +75,7 @@ def test_a_gpu_gets_this_backend_for_any_weight() -> None:
     for facts in (
         Facts(4, (64, 256), 128, device="cuda"),
         Facts(3, (33, 7), 5, zero=None, has_offset=True, device="cuda"),
-        Facts(4, (33, 7), 16, has_levels=True, levels_per_row=True, device="cuda"),
+        Facts(4, (33, 7), 16, has_levels=True, device="cuda"),
         Facts(8, (33, 7), 16, has_levels=True, integer_bits=8, has_micro=True, device="cuda"),
     ):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):

@@ -33,14 +33,17 @@ class Encoded(NamedTuple):
     table: Tensor  # (1 or out, 16 or 2**bits) float32; of trits (1, 2048), eight a byte
     scale: Tensor  # (1 or out, groups * 1, 2 or 4) uint8: the bytes of the scales
     scales: Tensor  # (256 or 65536,) float32: what they stand for, where they have 8 or 16 bits
-    zero: Tensor  # (1 or out, groups) int32
-    outer: Tensor  # (1 or out, 1) float32
-    offset: Tensor  # (1 or out, 1 or groups) float32; -0.0 where there is none
+    zero: Tensor  # (1 or out, groups) float32, or (1, 1), or (0, 0): levels are less the zero already
+    outer: Tensor  # (1 or out, 1) float32, or (0, 0)
+    offset: Tensor  # (1 or out, groups) float32, or (0, 0)
     micro: Tensor  # (out, groups) uint8, or (0, 0)
     bits: int
     group: int
     way: int
     sign: int  # the bit of the sign, if any
+    least: (
+        int  # of INTEGER: what is taken from codes whose bit of the sign is turned over; of FLOAT: 1 for no zero of -0
+    )
     mantissa: int  # of FLOAT: bits
     exponent: int  # of FLOAT: of the factor
     largest: int  # of FLOAT: the greatest code that is a number, without its sign
@@ -181,10 +184,8 @@ def encode(weight: PackedWeight) -> Encoded:
     rows, columns = weight.shape
     packed = weight.packed.contiguous().view(torch.uint8)
     spared = min(rows, 1 + -(-16 // packed.shape[1]))
-    way, table, numbers = _way(weight)
-    scale = weight.scale.contiguous()
-    zero = weight.zero if isinstance(weight.zero, Tensor) else torch.full((1, weight.groups), weight.zero)
-    offset = torch.full((1, 1), -0.0) if weight.offset is None else weight.offset.float().contiguous()
+    way, table, zero, numbers = _way(weight)
+    scale, none = weight.scale.contiguous(), torch.empty(0, 0)
     return Encoded(
         (rows, columns),
         packed,
@@ -192,10 +193,10 @@ def encode(weight: PackedWeight) -> Encoded:
         table,
         scale.view(torch.uint8),
         _scales(scale.dtype),
-        zero.to(torch.int32).contiguous(),
-        torch.ones(1, 1) if weight.outer is None else weight.outer.float().contiguous(),
-        offset,
-        torch.empty(0, 0, dtype=torch.uint8) if weight.micro is None else weight.micro.contiguous(),
+        zero.float().contiguous() if isinstance(zero, Tensor) else torch.full((1, 1), zero) if zero else none,
+        none if weight.outer is None else weight.outer.float().contiguous(),
+        none if weight.offset is None else weight.offset.float().contiguous(),
+        none.byte() if weight.micro is None else weight.micro.contiguous(),
         weight.bits,
         weight.group,
         way,
@@ -203,33 +204,34 @@ def encode(weight: PackedWeight) -> Encoded:
     )
 
 
-def _way(weight: PackedWeight) -> tuple[int, Tensor, tuple[int, int, int, int]]:
-    """How its codes become levels, the table for it, and sign, mantissa, exponent, largest."""
-    bits, levels = weight.bits, weight.levels
-    none = (0, 0, 0, 0)
+def _way(weight: PackedWeight) -> tuple[int, Tensor, Tensor | int, tuple[int, int, int, int, int]]:
+    """How its codes become levels, the table for it, the zero that these are not less yet, and the last of Encoded."""
+    bits, levels, zero = weight.bits, weight.levels, weight.zero
+    left, taken = (zero, 0) if isinstance(zero, Tensor) else (0, zero)  # by the loop group by group, or beforehand
+    nothing = torch.zeros(1, 1)
     if weight.trits:
         digits = torch.arange(256).unsqueeze(1) // 3 ** torch.arange(8) % 3
-        return TRITS, digits.float().view(1, -1), none
+        return TRITS, digits.float().view(1, -1) - taken, left, (0, 0, 0, 0, 0)
     sign = 2 ** (bits - 1) if weight.signed else 0
     if levels is None and bits > 4:
-        return INTEGER, torch.zeros(1, 1), (sign, 0, 0, 0)
+        return INTEGER, nothing, left, (sign, sign + taken, 0, 0, 0)
     if levels is None:
         codes = torch.arange(2**bits)
         levels = (codes ^ sign) - sign
     elif bits > 4 and levels.dim() == 1 and (found := as_floats(levels.float(), bits)):
-        return FLOAT, torch.zeros(1, 1), found
-    table = levels.float().view(-1, 2**bits)
-    return TABLE, functional.pad(table, (0, max(0, 16 - 2**bits))).contiguous(), none
+        return FLOAT, nothing, zero, found
+    table = levels.float().view(-1, 2**bits) - taken
+    return TABLE, functional.pad(table, (0, max(0, 16 - 2**bits))).contiguous(), left, (0, 0, 0, 0, 0)
 
 
-def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int] | None:
-    """The sign's bit, bits of the mantissa, exponent of a factor and the largest number that levels (2**bits,) are.
+def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int, int] | None:
+    """The last of Encoded for levels (2**bits,) that are floating-point numbers, or integers with a sign.
 
     The codes are sign | exponent | mantissa, with subnormal numbers and NaN beyond the largest; of five bits of
     exponent the highest is for Inf. None where levels are nothing of the kind.
     """
     codes, sign = torch.arange(2**bits), 2 ** (bits - 1)
-    size = codes % sign
+    size, one_zero = codes % sign, not levels[sign].signbit()
     if not 0 < levels[1] < torch.inf:
         return None
     for mantissa in range(max(0, bits - 6), min(bits, 11)):
@@ -241,11 +243,11 @@ def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int] | None:
             continue
         nan = levels[:sign].isnan().nonzero()
         largest = int(nan[0]) - 1 if len(nan) else sign - 1
-        expected = torch.where(size > largest, torch.nan, values * factor)
+        expected = torch.where(size > largest, torch.nan, values * factor + (0.0 if one_zero else -0.0))
         if torch.equal(expected.nan_to_num(7e30), levels.nan_to_num(7e30)) and torch.equal(
             expected.signbit() & ~expected.isnan(), levels.signbit() & ~levels.isnan()
         ):
-            return sign, mantissa, exponent, largest
+            return sign, int(one_zero), mantissa, exponent, largest
     return None
 
 

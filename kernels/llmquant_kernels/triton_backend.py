@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .triton_layout import STRIP, Spec, lay_out, packed_again
+from .triton_layout import STRIP, Spec, lay_out, packed_again, tensors_of
 from .weight import DTYPES, Facts, PackedWeight, Prepared
 
 
@@ -33,8 +33,7 @@ class Triton(Prepared):
         layout = lay_out(weight, dtype)
         self.spec = layout.spec.text
         self.low, self.high, self.scale, self.zero = layout.low, layout.high, layout.scale, layout.zero
-        self.table, self.row, self.offset = layout.table, layout.row, layout.offset
-        self.origin = layout.origin
+        self.table, self.row, self.offset, self.origin = layout.table, layout.row, layout.offset, layout.origin
         self.decoded = self.decode() if keep_decoded else None
 
     @classmethod
@@ -65,16 +64,14 @@ class Triton(Prepared):
             return functional.linear(x, self.decoded, bias)
         if self.dtype == torch.float32:
             return functional.linear(x, self.decode() if self.decoded is None else self.decoded, bias)
-        parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
-        return self._linear(x, *parts, bias, self.spec)
+        return self._linear(x, tensors_of(self), bias, self.spec)
 
     def packed(self) -> Tensor | None:
         return self.origin and packed_again(self.low, self.high, Spec.of(self.spec), self.origin)
 
     def decode(self) -> Tensor:
         """The weight (out, in) of ``self.dtype``."""
-        parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
-        return self._dequantize(*parts, self.spec, self.dtype, self.f16)
+        return self._dequantize(tensors_of(self), self.spec, self.dtype, self.f16)
 
 
 class TritonExperts:
@@ -93,8 +90,7 @@ class TritonExperts:
         layout = lay_out(PackedWeight.stack(weights, rows), dtype)
         self.spec = layout.spec._replace(rows=self.shape[0]).text
         self.low, self.high, self.scale, self.zero = layout.low, layout.high, layout.scale, layout.zero
-        self.table, self.row, self.offset = layout.table, layout.row, layout.offset
-        self.origin = layout.origin
+        self.table, self.row, self.offset, self.origin = layout.table, layout.row, layout.offset, layout.origin
 
     @classmethod
     def refuses(cls, facts: Facts, dtype: torch.dtype) -> str | None:
@@ -108,8 +104,7 @@ class TritonExperts:
             raise TypeError(f"the experts were prepared for activations of {self.dtype}, not {x.dtype}")
         if x.dim() != 2 or x.shape[1] != self.shape[1]:
             raise RuntimeError(f"x must be (tokens, {self.shape[1]}), not {tuple(x.shape)}")
-        parts = (self.low, self.high, self.scale, self.zero, self.table, self.row, self.offset)
-        return self._grouped(x, ends, *parts, bias, self.spec)
+        return self._grouped(x, ends, tensors_of(self), bias, self.spec)
 
     def packed(self, expert: int | None = None) -> Tensor | None:
         """As `Prepared.packed`, of one expert or, stacked, of all."""

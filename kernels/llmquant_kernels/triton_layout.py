@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,11 @@ class Layout:
     origin: Origin | None  # how to make the weight's codes again; None where more than codes went into words
 
 
+def tensors_of(held: Any) -> list[Tensor | None]:
+    """The tensors of a Layout, or of what holds them under the same names, in the order of the operators."""
+    return [getattr(held, name) for name in ("low", "high", "scale", "zero", "table", "row", "offset")]
+
+
 def bits_of_numbers(numbers: str) -> int:
     if numbers[0] == "e":
         return 1 + int(numbers[1]) + int(numbers[3])
@@ -149,7 +154,7 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
     only_decoded = dtype == torch.float32
     dtype = torch.bfloat16 if only_decoded else dtype
     group, groups = min(weight.group, weight.shape[1]), weight.groups
-    numbers = numbers_of(weight, dtype)
+    numbers = numbers_of(weight)
     padded = group if groups == 1 else -(-group // 16) * 16
     unit = next(u for u in (256, 128, 64, 32, 16) if groups == 1 or padded % u == 0)
     table, per_row = numbers.table, groups == 1 and numbers.zero_grid is None
@@ -171,14 +176,14 @@ def lay_out(weight: PackedWeight, dtype: torch.dtype) -> Layout:
     else:
         stored = _stored(weight)
         spec = spec._replace(scale=SCALES[stored.dtype], boost=_boost(stored, numbers, dtype))
-        words = _words(_units(stored, spec), spec)
+        words = _words(_units(stored, spec))
         row = row * 2.0**-numbers.exponent
         if weight.outer is not None:
             row = row * weight.outer.float().squeeze(-1)
     zero = None
     if numbers.zero_grid is not None:
         spec = spec._replace(zero=math.nan)
-        zero = _words(_units((numbers.zero_grid.float() * -unit_of(numbers.name, dtype)).to(dtype), spec), spec)
+        zero = _words(_units((numbers.zero_grid.float() * -unit_of(numbers.name, dtype)).to(dtype), spec))
     low, high = _parts(weight, numbers, spec)
     if table is not None and table.shape[0] > 1:
         table = functional.pad(table, (0, 0, 0, -table.shape[0] % STRIP))
@@ -223,7 +228,7 @@ def _units(grid: Tensor, spec: Spec) -> Tensor:
     return grid[:, : spec.steps * spec.units].unflatten(1, (spec.steps, spec.units))
 
 
-def _words(grid: Tensor, spec: Spec) -> Tensor:
+def _words(grid: Tensor) -> Tensor:
     """(padded rows, steps, units) -> (strips, steps, words, 16) int32."""
     grid = functional.pad(grid, (0, -grid.shape[-1] % (4 // grid.element_size())))
     words = grid.contiguous().view(torch.int32)
@@ -255,7 +260,7 @@ class Numbers:
         return size * unit_of(self.name, dtype)
 
 
-def numbers_of(weight: PackedWeight, dtype: torch.dtype) -> Numbers:
+def numbers_of(weight: PackedWeight) -> Numbers:
     """Raises ValueError where a weight has micro-exponents on numbers that are no small integers."""
     found = _of_levels(weight)
     if weight.micro is not None:

@@ -5,6 +5,7 @@ Nothing here waits for the device or reads it but once for its properties, so CU
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -23,39 +24,17 @@ ROWS_REDUCED = 128  # columns of the result that one program of `reduce` adds up
 
 
 @torch.library.custom_op("llmquant::triton_linear", mutates_args=())
-def linear(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    row: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-) -> Tensor:
-    """``x @ w.T + bias``: x (..., columns) -> (..., rows). The rest is a Layout, for numbers of x's type."""
+def linear(x: Tensor, parts: list[Tensor | None], bias: Tensor | None, spec: str) -> Tensor:
+    """``x @ w.T + bias``: x (..., columns) -> (..., rows). parts: of a Layout, for numbers of x's type."""
     shape = Spec.of(spec)
     flat = x.reshape(-1, shape.columns)
     settings = settings_for(len(flat), shape, device_of(x.device))
-    y = launch(flat, (low, high, scale, zero, table, row, offset), bias, shape, settings)
+    y = launch(flat, parts, bias, shape, settings)
     return y.view(*x.shape[:-1], shape.rows)
 
 
 @linear.register_fake
-def _(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    row: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-) -> Tensor:
+def _(x: Tensor, parts: list[Tensor | None], bias: Tensor | None, spec: str) -> Tensor:
     shape = Spec.of(spec)
     if x.shape[-1] != shape.columns:
         raise RuntimeError(f"x must be (..., {shape.columns}), not {tuple(x.shape)}")
@@ -63,89 +42,41 @@ def _(
 
 
 @torch.library.custom_op("llmquant::triton_dequantize", mutates_args=())
-def dequantize(
-    low: Tensor,
-    high: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    row: Tensor,
-    offset: Tensor | None,
-    spec: str,
-    dtype: torch.dtype,
-    f16: bool,
-) -> Tensor:
+def dequantize(parts: list[Tensor | None], spec: str, dtype: torch.dtype, f16: bool) -> Tensor:
     """The weight (rows, columns) of `dtype`. f16: it was laid out for float16."""
-    return decode((low, high, scale, zero, table, row, offset), Spec.of(spec), dtype, f16)
+    return decode(parts, Spec.of(spec), dtype, f16)
 
 
 @dequantize.register_fake
-def _(
-    low: Tensor,
-    high: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    row: Tensor,
-    offset: Tensor | None,
-    spec: str,
-    dtype: torch.dtype,
-    f16: bool,
-) -> Tensor:
+def _(parts: list[Tensor | None], spec: str, dtype: torch.dtype, f16: bool) -> Tensor:
     shape = Spec.of(spec)
-    return low.new_empty(shape.rows, shape.columns, dtype=dtype)
+    assert parts[0] is not None
+    return parts[0].new_empty(shape.rows, shape.columns, dtype=dtype)
 
 
 @torch.library.custom_op("llmquant::triton_grouped", mutates_args=())
-def grouped(
-    x: Tensor,
-    ends: Tensor,
-    low: Tensor,
-    high: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    row: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-) -> Tensor:
+def grouped(x: Tensor, ends: Tensor, parts: list[Tensor | None], bias: Tensor | None, spec: str) -> Tensor:
     """Rows of x (M, columns) times the weights that they are sorted by -> (M, rows).
 
     ends (experts,) int32: where the rows of each expert end; what comes after the last end is left as it was in memory.
-    The rest is the Layout of all experts, one after the other; bias (experts, rows); spec: of one of them.
+    parts: of the Layout of all experts, one after the other; bias (experts, rows); spec: of one of them.
     """
     shape = Spec.of(spec)
     settings = settings_for_experts(len(x), len(ends), shape, device_of(x.device))
-    return launch(x, (low, high, scale, zero, table, row, offset), bias, shape, settings, ends=ends)
+    return launch(x, parts, bias, shape, settings, ends=ends)
 
 
 @grouped.register_fake
-def _(
-    x: Tensor,
-    ends: Tensor,
-    low: Tensor,
-    high: Tensor | None,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    table: Tensor | None,
-    row: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-) -> Tensor:
+def _(x: Tensor, ends: Tensor, parts: list[Tensor | None], bias: Tensor | None, spec: str) -> Tensor:
     shape = Spec.of(spec)
     if x.dim() != 2 or x.shape[1] != shape.columns:
         raise RuntimeError(f"x must be (tokens, {shape.columns}), not {tuple(x.shape)}")
     return x.new_empty(x.shape[0], shape.rows)
 
 
-Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
-
-
 def launch(
     x: Tensor,
-    parts: Parts,
+    parts: Sequence[Tensor | None],
     bias: Tensor | None,
     spec: Spec,
     settings: Settings,
@@ -154,6 +85,8 @@ def launch(
 ) -> Tensor:
     """x (M, columns) -> (M, rows), written to `out` if given, with these settings. ends: as `grouped` has it."""
     low, high, scale, zero, table, row, offset = parts
+    assert low is not None
+    assert row is not None
     m = len(x)
     if ends is None and (settings.kernel == "dense" or m == 0):
         y = functional.linear(x, decode(parts, spec, x.dtype, x.dtype == torch.float16), bias)
@@ -209,9 +142,11 @@ def launch(
     return out
 
 
-def decode(parts: Parts, spec: Spec, dtype: torch.dtype, f16: bool) -> Tensor:
+def decode(parts: Sequence[Tensor | None], spec: Spec, dtype: torch.dtype, f16: bool) -> Tensor:
     """The weight (rows, columns)."""
     low, high, scale, zero, table, row, offset = parts
+    assert low is not None
+    assert row is not None
     columns = spec.layout_columns
     out = torch.empty(spec.rows, columns, dtype=dtype, device=low.device)
     stride_table = 0 if table is None or len(table) == 1 else table.stride(0)

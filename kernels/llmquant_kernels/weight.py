@@ -106,14 +106,11 @@ class PackedWeight:
             bits=self.bits,
             shape=self.shape,
             group=self.group,
-            scale_rows=self.scale.shape[0],
             zero=None if isinstance(self.zero, Tensor) else self.zero,
             has_offset=self.offset is not None,
             has_levels=self.levels is not None,
-            levels_per_row=self.levels is not None and self.levels.dim() == 2,
             integer_bits=None if integers is None else bits_of(integers[0]),
             scale_dtype=self.scale.dtype,
-            has_outer=self.outer is not None,
             has_micro=self.micro is not None,
             signed=self.signed,
             trits=self.trits,
@@ -128,14 +125,11 @@ class Facts:
     bits: int
     shape: tuple[int, int]  # (out, in)
     group: int
-    scale_rows: int = 0  # rows of scale: out or 1; 0 stands for out
     zero: int | None = 0  # the one zero point, or None where it is a tensor
     has_offset: bool = False
     has_levels: bool = False
-    levels_per_row: bool = False
     integer_bits: int | None = None  # of levels that are multiples of a power of two; None where not, or where unknown
     scale_dtype: torch.dtype = torch.float16
-    has_outer: bool = False
     has_micro: bool = False
     signed: bool = False
     trits: bool = False

@@ -124,15 +124,7 @@ def write(model: Model, folder: OutputFolder, progress: Progress) -> dict[str, A
     """Link every shard, after the package's own reader has decoded its matrices. Returns config.json."""
     quantization = config(model)
     _validated(quantization)
-    shards = list(model.shards())
-    for part, (file, dense, matrices) in enumerate(shards):
-        progress(file, part, len(shards))
-        if part in folder.records:
-            continue
-        for matrix in matrices:
-            _verify(matrix, model.checkpoint.tensors(matrix.names))
-        names = [*dense, *(name for matrix in matrices for name in matrix.names)]
-        folder.link_shard(part, model.checkpoint.folder / file, names)
+    model.link(folder, _verify, progress)
     return {**model.config, "quantization_config": quantization}
 
 

@@ -36,7 +36,7 @@ def convert(
     settings = {"llmquant": __version__, "convert": method, "source": checkpoint.fingerprint()}
     with OutputFolder(output, settings, overwrite=overwrite) as folder:
         if method == compressed_tensors.METHOD:
-            _link(model, folder, progress)
+            model.link(folder, _check_finite, progress)
         else:
             _repack(model, folder, progress)
         manifest = _manifest(model, method, source)
@@ -46,18 +46,9 @@ def convert(
     return manifest
 
 
-def _link(model: Model, folder: OutputFolder, progress: Progress) -> None:
-    """The bytes are the same; every matrix must decode to finite values."""
-    shards = list(model.shards())
-    for part, (file, _, matrices) in enumerate(shards):
-        progress(file, part, len(shards))
-        if part in folder.records:
-            continue
-        for matrix in matrices:
-            if not all_finite(matrix.decoded(model.checkpoint.tensors(matrix.names))):
-                raise VerificationError(f"{matrix.target.name}: decodes to NaN or Inf: the checkpoint is damaged")
-        names = [name for name in model.checkpoint.names() if model.checkpoint.file(name) == file]
-        folder.link_shard(part, model.checkpoint.folder / file, names)
+def _check_finite(matrix: Matrix, stored: dict[str, Tensor]) -> None:
+    if not all_finite(matrix.decoded(stored)):
+        raise VerificationError(f"{matrix.target.name}: decodes to NaN or Inf: the checkpoint is damaged")
 
 
 def _repack(model: Model, folder: OutputFolder, progress: Progress) -> None:

@@ -31,7 +31,7 @@ def read(checkpoint: Checkpoint) -> tuple[str, Model]:
     if method not in readers:
         found = f"its quant_method is {method}" if method else "it is not quantized"
         raise PlanError(f"{checkpoint.folder}: {found}: what is read are {' and '.join(readers)}")
-    skeleton = empty(checkpoint.folder, config)
+    skeleton = empty(config)
     matrices = tuple(readers[method](checkpoint, quantization, skeleton))
     if not matrices:
         raise CheckpointError(f"{checkpoint.folder}: config.json says {method}, but no quantized tensor is there")

@@ -75,7 +75,7 @@ class Model:
         config = checkpoint.config()
         if (config.pop("quantization_config", None) or {}).get("quant_method") != "llmquant":
             raise CheckpointError(f"{folder}: holds no model in llmquant's own format: only such a one is exported")
-        skeleton = empty(folder, config)
+        skeleton = empty(config)
         modules = dict(skeleton.named_modules())
         transposed: dict[str, bool] = {}
         if any("expert" in tensor for tensor in facts["tensors"]):
@@ -118,6 +118,20 @@ class Model:
             names = [name for name in self.checkpoint.names() if self.checkpoint.file(name) == file]
             matrices = [matrix for matrix in self.matrices if self.checkpoint.file(matrix.names[0]) == file]
             yield file, [name for name in names if name not in stored], matrices
+
+    def link(
+        self, folder: OutputFolder, verify: Callable[[Matrix, dict[str, Tensor]], None], progress: Progress
+    ) -> None:
+        """Link every shard, whose bytes stay what they are, once `verify(matrix, stored tensors)` has let them pass."""
+        shards = list(self.shards())
+        for part, (file, _, matrices) in enumerate(shards):
+            progress(file, part, len(shards))
+            if part in folder.records:
+                continue
+            for matrix in matrices:
+                verify(matrix, self.checkpoint.tensors(matrix.names))
+            names = [name for name in self.checkpoint.names() if self.checkpoint.file(name) == file]
+            folder.link_shard(part, self.checkpoint.folder / file, names)
 
     def rewrite(
         self,
@@ -163,7 +177,7 @@ def _target(tensor: dict[str, Any], modules: dict[str, nn.Module], transposed: d
     return target_of(name, modules[name]) or Target(name, shape, transposed=False, bias=False)  # or an embedding
 
 
-def empty(folder: Path, config: dict[str, Any]) -> nn.Module:
+def empty(config: dict[str, Any]) -> nn.Module:
     """The dense model that config describes, on meta."""
     known = class_named(config.get("architectures"))
     parsed = AutoConfig.for_model(**{**config, "model_type": config["model_type"]})

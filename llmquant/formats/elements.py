@@ -76,11 +76,6 @@ class Float(Element):
     def bits(self) -> int:  # type: ignore[override]
         return 1 + self.exponent + self.mantissa
 
-    @property
-    def largest_exponent(self) -> int:
-        """floor(log2(largest))"""
-        return int(torch.frexp(torch.tensor(self.largest)).exponent) - 1
-
     def round(self, x: Tensor) -> Tensor:
         x = x.clamp(-self.largest, self.largest)
         # Adding 1.5 * 2**23 times the distance of two levels pushes what is smaller than it out of the float32.

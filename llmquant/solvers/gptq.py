@@ -203,7 +203,7 @@ class Ladder:
 def aimed(w: Tensor, stats: Stats, felt: Metric, missed: Tensor | None) -> Tensor:
     """w + a (W* - w), with the a in [0, 1] of least loss on held-out tokens; missed (tokens, out): see Held."""
     held = stats.held
-    if held is None or missed is None:
+    if held is None or missed is None or not w.any():  # a matrix of zeros adds nothing, and should not begin to
         return w
     wanted = product(w, stats.cross)  # (out, in)
     if stats.debt is not None:

@@ -228,10 +228,11 @@ def _refit(
         bend = (felt[:, at] * of_scale) @ diagonal[at]
         slope = (steps[:, at] * of_scale) @ diagonal[at]
         scale = rounding.scale[:, group]
-        change = stored(torch.where(bend > 0, scale + slope / bend, scale), group) - scale
+        wanted = stored(torch.where(bend > 0, scale + slope / bend, scale), group)
+        change = wanted - scale
         better = free & torch.isfinite(change) & (change * (change * bend - 2 * slope) < 0)
         change = torch.where(better, change, 0.0)
-        scale += change
+        scale.copy_(torch.where(better, wanted, scale))  # scale + change need not be what a file can hold
         error[:, at].addcmul_(of_scale, change[:, None])
         steps.addcmul_(felt, change[:, None], value=-1)
 

@@ -44,10 +44,13 @@ def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) 
         slope = (mine * gradient[:, columns]).sum(1)
         bend = row_energy(mine, hessian[columns, columns])
         wanted = torch.where(bend > 0, scale[:, index] + slope / bend, scale[:, index])
-        change = fmt.storable(wanted, grid, index) - scale[:, index]
-        better = change * (change * bend - 2 * slope) < 0
-        change = torch.where(better & torch.isfinite(change), change, 0.0)
-        scale[:, index] += change
+        wanted = fmt.storable(wanted, grid, index)
+        change = wanted - scale[:, index]
+        better = torch.isfinite(change) & (change * (change * bend - 2 * slope) < 0)
+        change = torch.where(better, change, 0.0)
+        scale[:, index] = torch.where(
+            better, wanted, scale[:, index]
+        )  # scale + change need not be what a file can hold
         product(mine * change.unsqueeze(1), hessian[columns, columns.stop :], gradient[:, columns.stop :], -1)
     return replace(grid, scale=scale)
 
