@@ -31,10 +31,11 @@ TOKENS = torch.arange(40).view(1, -1) * 7
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny: Path, pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def quantized(pycode: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """quantized(format or recipe) -> a folder with a random model so, a tokenizer beside it; each is made once."""
     made: dict[str, Path] = {}
-    model = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("source") / "tiny"))
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    model = make_checkpoint(tmp_path_factory.mktemp("source") / "model", "llama", dtype=torch.bfloat16, **sizes)
     shutil.copy(pycode / "tokenizer.json", model)
 
     def make(kind: str | Recipe) -> Path:
