@@ -48,9 +48,8 @@ def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) 
         change = wanted - scale[:, index]
         better = torch.isfinite(change) & (change * (change * bend - 2 * slope) < 0)
         change = torch.where(better, change, 0.0)
-        scale[:, index] = torch.where(
-            better, wanted, scale[:, index]
-        )  # scale + change need not be what a file can hold
+        # not scale + change, which need not be what a file can hold
+        scale[:, index] = torch.where(better, wanted, scale[:, index])
         product(mine * change.unsqueeze(1), hessian[columns, columns.stop :], gradient[:, columns.stop :], -1)
     return replace(grid, scale=scale)
 
