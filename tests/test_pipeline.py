@@ -376,12 +376,13 @@ def test_what_is_not_quantized_is_copied_bit_by_bit(pycode: Path, tmp_path: Path
 
 
 def test_calibrated_importance_lowers_the_output_error(pycode: Path, held_out: Path, tmp_path: Path) -> None:
-    """The same grid search, with and without weighing by what the inputs are."""
-    shown = pipeline.Calibration(str(held_out), samples=8, length=128, batch=4)
-    weighed = quantize(pycode, tmp_path / "weighed", Recipe((Rule("*", "int3:g64", "rtn"),)), calibration=shown)
-    rules = Recipe((Rule("*", "int3:g64", "rtn", {"clip": "minmax"}),))
+    """The same grid search, with and without weighing by what the inputs are, in three blocks."""
+    rest = Rule("*.layers.[3-5].*", None)
+    shown = pipeline.Calibration(str(held_out), samples=8, length=128, batch=4, curvature=0.0)
+    weighed = quantize(pycode, tmp_path / "weighed", Recipe((rest, Rule("*", "int3:g64", "rtn"))), calibration=shown)
+    rules = Recipe((rest, Rule("*", "int3:g64", "rtn", {"clip": "minmax"})))
     plain = quantize(pycode, tmp_path / "plain", rules, calibration=shown)
-    mean = [sum(t["output_error"] for t in manifest["tensors"]) / 42 for manifest in (weighed, plain)]
+    mean = [sum(t["output_error"] for t in manifest["tensors"]) / 21 for manifest in (weighed, plain)]
     assert mean[0] < 0.9 * mean[1]
     assert all(tensor["tokens"] == 7 * 128 for tensor in weighed["tensors"])
 
