@@ -49,7 +49,6 @@ FACTOR = 6.0
 WORST = 1.0  # as far off as a block that does nothing
 NOTED = 0.01  # by which part the error of a matrix may differ from the one noted: sums of float32
 WINDOWS, LENGTH = 2, 64  # of the check that ends every run
-MAX_KL = 1.0  # nats a token: beyond this a model has lost what it knew
 
 Progress = Callable[[str, int, int], None]
 
