@@ -116,7 +116,7 @@ class Decoded:
         self.matrices: dict[str, tuple[Format, Target]] = {}  # by the checkpoint's name of the dense weight
         self.experts: dict[str, tuple[Format, list[Target]]] = {}  # by the name in memory of what holds them
         targets = {name: [target] for name, target in reference.embeddings().items()}
-        for part in [*range(len(reference.block_names)), None]:
+        for part in reference.places:
             for target in reference.targets(part).values():
                 targets.setdefault(target.listed, []).append(target)
         for name, fmt in quantized_modules(self._stored.config(), folder).items():
@@ -365,12 +365,11 @@ def _experts(
     block = reference.block_names.index(name)
     if not any(listed.startswith(f"{name}.") for listed in decoded.experts):
         return
-    reference.load_block(block)
-    for target, found in decoded.decoded_experts(reference, block):
-        original = target.matrix(reference.module(target))
-        error = ratio(energy(found.sub_(original)), _energy(original))
-        yield _compared(target.name, target.name, error, noted, problems)
-    reference.unload_block(block)
+    with reference.loaded(block):
+        for target, found in decoded.decoded_experts(reference, block):
+            original = target.matrix(reference.module(target))
+            error = ratio(energy(found.sub_(original)), _energy(original))
+            yield _compared(target.name, target.name, error, noted, problems)
 
 
 def _compared(module: str, key: str, error: float, noted: dict[str, float], problems: list[str]) -> float:
@@ -408,38 +407,32 @@ class _Pair:
     def through(self, index: int, block: Block) -> Block:
         """Both go through a block, and the original's hidden states through the quantized block as well."""
         before, entered = self.original, self.quantized
-        self.original = self._run(self.reference, index, before)
-        self.twin.load_block(index)
-        self.decoded.fill(self.twin, index)
-        alone, self.quantized = (self.twin.run_block(index, x, self.calls[1][index]) for x in (before, entered))
-        self.twin.unload_block(index)
-        after = self.original
+        after = self.original = self._exact(index, before)
+        with self.twin.loaded(index):
+            self.decoded.fill(self.twin, index)
+            alone, self.quantized = (self.twin.run_block(index, x, self.calls[1][index]) for x in (before, entered))
         last_place = 2 * torch.finfo(after.dtype).eps
         error, drift = _apart(alone, after, after), _apart(self.quantized, after, after)
         bound = min(WORST, FACTOR * block.weights) * _apart(before, after, after) + last_place
         if not error <= bound:
-            exact = _apart(self._run(self.reference, index, entered), after, after)
+            exact = _apart(self._exact(index, entered), after, after)
             if drift <= (together := min(WORST, math.hypot(exact, bound))):
                 return replace(block, error=drift, bound=together, drift=drift)
         return replace(block, error=error, bound=bound, drift=drift)
 
-    def _run(self, model: StreamedModel, index: int, hidden: Tensor) -> Tensor:
-        model.load_block(index)
-        after = model.run_block(index, hidden, self.calls[0][index])
-        model.unload_block(index)
-        return after
+    def _exact(self, index: int, hidden: Tensor) -> Tensor:
+        """What the original block makes of hidden states."""
+        with self.reference.loaded(index):
+            return self.reference.run_block(index, hidden, self.calls[0][index])
 
     def divergence(self, windows: Tensor) -> Divergence:
         vocabulary = self.reference.config.get_text_config().vocab_size
         tally = Tally(vocabulary)
         sides = ((self.reference, self.original), (self.twin, self.quantized))
-        for model, _ in sides:
-            model.load_outside()
-        for row, *hidden in zip(windows.split(1), *(states.split(1) for _, states in sides), strict=True):
-            logits = [model.logits(row, states)[0, :-1] for (model, _), states in zip(sides, hidden, strict=True)]
-            tally.add(row[0, 1:].to(self.reference.device), *logits)
-        for model, _ in sides:
-            model.unload_outside()
+        with self.reference.loaded(None), self.twin.loaded(None):
+            for row, *hidden in zip(windows.split(1), *(states.split(1) for _, states in sides), strict=True):
+                logits = [model.logits(row, states)[0, :-1] for (model, _), states in zip(sides, hidden, strict=True)]
+                tally.add(row[0, 1:].to(self.reference.device), *logits)
         return tally.divergence()
 
 
@@ -451,13 +444,11 @@ def _begin(
         return None, f"{type(reference.model).__name__} is no causal language model: only its weights were compared"
     entered = []
     for model in (reference, twin):
-        model.load_outside()
-        try:
-            entered.append(model.embed(windows))
-        except PlanError as error:
-            return None, f"only weights were compared: {error}"
-        finally:
-            model.unload_outside()
+        with model.loaded(None):
+            try:
+                entered.append(model.embed(windows))
+            except PlanError as error:
+                return None, f"only weights were compared: {error}"
     (original, calls), (quantized, own_calls) = entered
     return _Pair(reference, twin, decoded, original, quantized, (calls, own_calls)), None
 
