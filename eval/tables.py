@@ -155,22 +155,22 @@ def mixtures(found: list[Result]) -> list[str]:
     """Every size of every model: the uniform recipe and what was chosen within its bits."""
     lines = ["| model | uniform recipe | bits | its KL | mixed: bits | KL | part |", f"|{'---|' * 7}"]
     for each in found:
-        pairs = []
+        found_at: list[tuple[str, float, list[float], list[Result]]] = []  # name, bits, KL of the uniform runs, mixed
         for like in dict.fromkeys(row["like"] for row in each["mixed"]):
             rows = [row for row in each["mixed"] if row["like"] == like]
-            pairs.append((like, each["uniform"].get(like, {"bits": rows[0]["budget"]}), rows))
+            uniform = each["uniform"].get(like)
+            found_at.append((like, rows[0]["budget"], [uniform["kl"]] if uniform else [], rows))
         for like in dict.fromkeys(row["like"] for row in each["calibrated"]):
             runs = [row for row in each["calibrated"] if row["like"] == like]
-            uniform = {"bits": runs[0]["uniform"]["bits"], "kl": [run["uniform"]["kl"] for run in runs]}
-            pairs.append((f"{like}, `balanced`", uniform, [run["mixed"] for run in runs]))
-        for name, uniform, rows in sorted(pairs, key=lambda pair: float(pair[1]["bits"])):
-            mixed = [row["kl"] for row in rows]
-            plain = uniform.get("kl", [])
-            plain = plain if isinstance(plain, list) else [plain]
-            part = f"{fmean(mixed) / fmean(plain):.2f}" if plain else ""
+            plain = [run["uniform"] for run in runs]
+            mixed = [run["mixed"] for run in runs]
+            found_at.append((f"{like}, `balanced`", plain[0]["bits"], [run["kl"] for run in plain], mixed))
+        for name, size, kl, rows in sorted(found_at, key=lambda one: one[1]):
+            mixed_kl = [row["kl"] for row in rows]
+            part = f"{fmean(mixed_kl) / fmean(kl):.2f}" if kl else ""
             bits = max(row["bits"] for row in rows)
-            cells = [each["model"], name if plain else "", f"{uniform['bits']:.3f}", cell(plain), f"{bits:.3f}"]
-            lines.append(f"| {' | '.join([*cells, cell(mixed), part])} |")
+            cells = [each["model"], name if kl else "", f"{size:.3f}", cell(kl), f"{bits:.3f}", cell(mixed_kl), part]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

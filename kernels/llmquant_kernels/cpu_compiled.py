@@ -41,9 +41,8 @@ class Encoded(NamedTuple):
     group: int
     way: int
     sign: int  # the bit of the sign, if any
-    least: (
-        int  # of INTEGER: what is taken from codes whose bit of the sign is turned over; of FLOAT: 1 for no zero of -0
-    )
+    # of INTEGER: what is taken from codes whose bit of the sign is turned over; of FLOAT: 1 for no zero of -0
+    least: int
     mantissa: int  # of FLOAT: bits
     exponent: int  # of FLOAT: of the factor
     largest: int  # of FLOAT: the greatest code that is a number, without its sign
