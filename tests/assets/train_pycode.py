@@ -4,6 +4,7 @@ The text is the `.py` files of the interpreter's own standard library: the scrip
 packages (`HELD_OUT`) and all that is named after them are kept out of training: they are what evaluation reads.
 
     python tests/assets/train_pycode.py --held-out held_out.json                    # write the evaluation text
+    python tests/assets/train_pycode.py --training train.json                       # write the text that it has read
     python tests/assets/train_pycode.py --output tests/assets/pycode --autocast     # train; more than an hour
 
 `training.json` beside the weights says with which arguments and versions they were made.
@@ -152,6 +153,7 @@ def train(model: LlamaForCausalLM, stream: torch.Tensor, check: torch.Tensor, ar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--held-out", type=Path, help="write the evaluation text there as a JSON list, and stop")
+    parser.add_argument("--training", type=Path, help="write the training text there as a JSON list, and stop")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "pycode")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=8)
@@ -160,8 +162,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--autocast", action="store_true", help="bfloat16 forward (faster where the CPU has AMX)")
     args = parser.parse_args()
-    if args.held_out is not None:
-        args.held_out.write_text(json.dumps(documents(held_out=True)))
+    texts_wanted = ((args.held_out, True), (args.training, False))
+    for path, held_out in texts_wanted:
+        if path is not None:
+            path.write_text(json.dumps(documents(held_out)))
+    if any(path is not None for path, _ in texts_wanted):
         return
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -185,7 +190,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("output", "held_out")},
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("output", "held_out", "training")},
         "training_tokens_in_corpus": len(stream),
         "held_out_packages": HELD_OUT,
         "held_out_tokens": len(check),
