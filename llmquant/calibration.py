@@ -23,12 +23,11 @@ from llmquant.offload import room
 from llmquant.phases import phase
 from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stages import BLOCK_INPUT, Discovery, Stage
-from llmquant.stats import EXPERT_BYTES, HELD, Stats, energy
+from llmquant.stats import EXPERT_BYTES, HELD, SEEN_BYTES, Stats, energy
 from llmquant.swap import WeightSwap
 
 FEW = 4  # windows from which one is held out
 MAX_DROPPED = 0.01  # of a linear's tokens may be non-finite before the run stops
-SEEN_BYTES = 2**29  # of what the reference shows of a block that is kept, for it not to be run again and again
 LOUD = 4.0  # times as large as the median token of a window: beyond that errors count relative to the size
 FEW_HELD = 256  # held-out tokens of an expert below which those of the other experts judge it too
 
@@ -146,7 +145,8 @@ class Streams:
     def remember(self, block: int, order: list[Stage]) -> None:
         """Keep what enters the stages of a block, and leaves it, in the reference, if that is not too much.
 
-        Otherwise the block runs again each time something of it is wanted. No weight of it may have been replaced yet.
+        Otherwise what leaves it alone, and if that is too much, nothing: the block runs again each time something of it
+        is wanted. No weight of it may have been replaced yet.
         """
         seen = self._seen = Seen(block)
         stages = {id(stage): stage for stage in order if stage.targets[0].expert is None}
@@ -167,8 +167,11 @@ class Streams:
                 carried = inputs.get(stage.carrier) if isinstance(stage.carrier, nn.Module) else own
                 seen.inputs[key, i] = inputs.get(self.model.module(stage.targets[0])), carried
             if seen.nbytes() * len(self.calls) > SEEN_BYTES * (i + 1):
-                self._seen = Seen(block)
-                return
+                stages.clear()
+                seen.inputs.clear()
+                if seen.nbytes() * len(self.calls) > SEEN_BYTES * (i + 1):
+                    seen.outputs.clear()
+                    return
 
     @phase("forward")
     def stages(self, block: int) -> list[Stage]:

@@ -24,7 +24,7 @@ from llmquant.formats import Format, Grid
 from llmquant.matrices import Target, text_config
 from llmquant.recipe import Rule
 from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
-from llmquant.stats import EXPERT_BYTES, HELD
+from llmquant.stats import EXPERT_BYTES, HELD, SEEN_BYTES
 from llmquant.tune import Means
 
 BASE = 420 * 2**20  # Python, torch, transformers, and the compiler of loops
@@ -125,6 +125,7 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     if work.curvature:
         curves = sum(4 * 32 * row.target.shape[0] for row in rows)  # G in blocks of 32, of every matrix
     share = -(-work.tokens // work.ranks)
+    solving += min(SEEN_BYTES, share * (7 * hidden + width) * model.dtype.itemsize)
     states = 0 if work.offload else 2 * share * hidden * model.dtype.itemsize
     backward = 0
     if work.curvature and not work.offload:

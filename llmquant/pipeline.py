@@ -36,12 +36,14 @@ from llmquant.recipe import Recipe
 from llmquant.saving import restore, save_block
 from llmquant.scaling import Scales
 from llmquant.shown import mended_windows, window_length
+from llmquant.solvers import TUNERS
 from llmquant.solving import solve_block, solve_outside
 from llmquant.swap import WeightSwap
 
 # Of a run without calibration whose formats are chosen.
 SHOWN = Calibration(samples=16, curvature=1.0)
 RECIPE = "recipe.json"  # the rules that were chosen, in the result
+AT_ONCE = 2**25  # bytes of what enters the widest matrix of a block, in float32
 SCALED = ("awq", "gptq")  # solvers before which scales are moved
 
 __all__ = ["Calibration", "Job", "Prepared", "Progress", "prepare", "quantize", "silent"]
@@ -83,6 +85,7 @@ def prepare(
         )
     if (shown := _seen(job)) is not None and model.causal:
         length = ranks.alone(lambda: Parcel(window_length(model.config, shown))).facts
+        job = _few_at_once(job, model, length)
     work, budget = _work(job, length, offload, ranks), job.budget
     recipe = job.recipe if budget is None else allocate.provisional(job.recipe, budget, model)
     plan = make_plan(checkpoint, model, recipe, output if ranks.first else None, work, max_memory)
@@ -139,6 +142,20 @@ def _rotation(job: Job, base: Checkpoint, output: Path, progress: Progress) -> P
 def _seen(job: Job) -> Calibration | None:
     """What is shown to the model: for calibration or, where there is none, to see what formats cost."""
     return SHOWN if job.calibration is None and job.budget is not None else job.calibration
+
+
+def _few_at_once(job: Job, model: StreamedModel, length: int) -> Job:
+    """On a CPU, where many rows at once are no faster than some hundreds, with no more windows than AT_ONCE allows.
+
+    Where something is trained a batch is a step, whatever it takes.
+    """
+    calibration, rules = job.calibration, job.recipe.rules
+    trained = job.tuning or any(rule.solver in TUNERS for rule in rules)
+    if calibration is None or trained or model.device.type != "cpu":
+        return job
+    widest = max((target.shape[1] for target in model.targets(0).values()), default=1)
+    batch = max(1, min(calibration.batch, AT_ONCE // (4 * widest * length)))
+    return replace(job, calibration=replace(calibration, batch=batch))
 
 
 def _work(job: Job, length: int, offload: Path | None, ranks: Ranks) -> Work:

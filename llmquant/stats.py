@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
+SEEN_BYTES = 2**29  # of what the reference shows of a block that is kept, for it not to be run again and again
 TERMS = 512  # columns at a time of a sum of squares
 HELD = 2048  # tokens, at most, that are kept as they are, to judge a step on
 SLAB = 1024  # rows of a sum that are added up at once, by whichever process
