@@ -21,7 +21,8 @@ from llmquant_kernels.cpu_compiled import FLOAT, INTEGER, TABLE, TRITS
 LANES = 8
 TOGETHER = 4  # rows of the weight that share what is loaded of x
 PAIR = 2  # rows of x that share what is loaded of the weight
-SUMS = 4  # of a dot product, side by side: no addition waits for the last one
+SUMS = {2: 1, 4: 1, 8: 2, 16: 4, 0: 4}  # of a group of so many chunks, side by side: no addition waits for the last one
+TRITS_A_BYTE, TRITS_TOGETHER = 5, 3
 
 BYTE, INT16, INT32, INT64, FLOAT32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 BYTES, SHORTS, INTS, FLOATS = (ir.VectorType(kind, LANES) for kind in (BYTE, INT16, INT32, FLOAT32))
@@ -41,8 +42,14 @@ class Loop(NamedTuple):
     chunks: int = 0  # of eight columns in a group; 0 where that is told when it is called
     outer: bool = False  # scales have a scale
     halved: bool = False  # by micro-exponents
-    moved: bool = False  # by zeros and offsets
-    sums: int = 0  # where it multiplies by x: partial sums
+    zero: bool = False
+    offset: bool = False
+    multiplies: bool = False  # by x, instead of writing what it decodes
+
+    @property
+    def late(self) -> bool:
+        """Whether what is the same for a whole row is left for the sum."""
+        return self.multiplies and not (self.zero or self.offset)
 
 
 class Given(NamedTuple):
@@ -60,7 +67,7 @@ class Given(NamedTuple):
     offset: Any
     offset_step: Any
     micro: Any
-    chunks: Any  # of eight columns
+    chunks: Any  # of eight columns; of one, where trits are multiplied
     per: Any  # of these in a group
 
 
@@ -171,7 +178,7 @@ def _reading(b: Any, kind: Loop) -> Callable[[Any], Any]:
     bits = kind.bits
     if kind.way == TRITS:  # levels, which lie there already
         return lambda at: _load(b, at, FLOATS)
-    if bits <= 4:  # in one word, which goes to every lane of 32 bits
+    if bits <= 4 and kind.way != FLOAT:  # in one word, which goes to every lane of 32 bits
         shift = _constant([32 - bits * (lane + 1) for lane in range(LANES)])
         return lambda at: b.shl(_splat(b, _load(b, at, INT32), INTS), shift)
     # Each lies in two bytes, which go to a lane of 16 bits.
@@ -219,13 +226,15 @@ def _from_table(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
 
 
 def _as_integer(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
-    """With the bit of the sign turned over codes count from the least."""
-    down = 16 - kind.bits
+    """Two's complement or without a sign, less `least`."""
+    vector = INTS if kind.bits <= 4 else SHORTS
+    down = _constant(vector.element.width - kind.bits, vector)
 
     def level(codes: Any) -> Any:
-        codes = b.xor(codes, _constant(kind.sign << down, SHORTS)) if kind.sign else codes
-        size = b.zext(b.lshr(codes, _constant(down, SHORTS)), INTS)
-        return b.sitofp(b.sub(size, _constant(kind.least)), FLOATS)
+        size = b.ashr(codes, down) if kind.sign else b.lshr(codes, down)
+        if kind.bits > 4:
+            size = b.sext(size, INTS) if kind.sign else b.zext(size, INTS)
+        return b.sitofp(b.sub(size, _constant(kind.least)) if kind.least else size, FLOATS)
 
     return level
 
@@ -242,8 +251,8 @@ def _as_float(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
             beyond = b.icmp_signed(">", size, _constant(kind.largest << down, SHORTS))
             value = b.or_(value, b.sext(beyond, SHORTS))  # all bits: NaN
         value = b.fpext(b.bitcast(value, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
-        if kind.sums and not kind.moved:
-            return value  # what the exponent says is left for the sum, and zeros may have a sign
+        if kind.late:
+            return value  # zeros may have a sign
         value = b.fmul(value, _constant(2.0**kind.exponent, FLOATS))
         return b.fadd(value, _constant(0.0, FLOATS)) if kind.least else value
 
@@ -262,37 +271,127 @@ LEVELS = {TABLE: _from_table, INTEGER: _as_integer, FLOAT: _as_float, TRITS: _as
 
 def _over_codes(b: Any, kind: Loop, given: Given) -> None:
     """Write ``(level - zero) * scale * half + offset`` to target, or add to it the sum of these times x."""
+    if kind.multiplies:
+        total = _sum(b, _multiplied_trits(b, kind, given) if kind.way == TRITS else _multiplied(b, kind, given))
+        if kind.late:
+            total = b.fmul(total, ir.Constant(FLOAT32, 2.0**kind.exponent))
+            total = b.fmul(total, _load(b, given.outer, FLOAT32)) if kind.outer else total
+        _store(b, b.fadd(_load(b, given.target, FLOAT32), total), given.target)
+    else:
+        _decoded(b, kind, given)
+
+
+def _groups(b: Any, given: Given, per: Any) -> Any:
+    """A loop over the groups that `given.chunks` makes, the last of which may be short."""
+    return cgutils.for_range(b, b.udiv(b.add(given.chunks, b.sub(per, _long(1))), per))
+
+
+def _within(b: Any, given: Given, first: Any, per: Any) -> Any:
+    left = b.sub(given.chunks, first)
+    return b.select(b.icmp_signed("<", left, per), left, per)
+
+
+def _decoded(b: Any, kind: Loop, given: Given) -> None:
     read, level = _reading(b, kind), LEVELS[kind.way](b, kind, given.table)
     width, per = (_long(32 if kind.way == TRITS else kind.bits), _long(kind.chunks) if kind.chunks else given.per)
-    sums = [cgutils.alloca_once_value(b, _constant(0.0, FLOATS)) for _ in range(kind.sums)]
-    scale_of, change = _grids(b, kind, given)
-    with cgutils.for_range(b, b.udiv(b.add(given.chunks, b.sub(per, _long(1))), per)) as group:
-        first, grid = b.mul(group.index, per), scale_of(group.index)
+    with _groups(b, given, per) as group:
+        first, grid = b.mul(group.index, per), _grid(b, kind, given, group.index)
 
         def one(chunk: Any, place: int) -> None:
             i = b.add(first, chunk)
-            value = change(level(read(b.add(given.source, b.mul(i, width)))), place, *grid)
-            if sums:
-                total, other = (sums[place % len(sums)], _load(b, given.x, FLOATS, b.shl(i, _long(5))))
-                b.store(_fused(b, value, other, b.load(total)), total)
-            else:
-                _store(b, value, given.target, b.shl(i, _long(5)))
+            value = level(read(b.add(given.source, b.mul(i, width))))
+            value = b.fmul(_placed(b, kind, grid, value, place), grid.scale)
+            value = value if grid.offset is None else b.fadd(value, grid.offset)
+            _store(b, value, given.target, b.shl(i, _long(5)))
 
         if kind.chunks:
             for place in range(kind.chunks):
                 one(_long(place), place)
         else:
-            left = b.sub(given.chunks, first)
-            _steps(b, b.select(b.icmp_signed("<", left, per), left, per), max(1, len(sums)), one)
-    if sums:
-        total = b.load(sums[0])
-        for other in sums[1:]:
-            total = b.fadd(total, b.load(other))
-        total = _sum(b, total)
-        if not kind.moved:  # what is the same for the whole row
-            total = b.fmul(total, ir.Constant(FLOAT32, 2.0**kind.exponent))
-            total = b.fmul(total, _load(b, given.outer, FLOAT32)) if kind.outer else total
-        _store(b, b.fadd(_load(b, given.target, FLOAT32), total), given.target)
+            _steps(b, _within(b, given, first, per), 1, one)
+
+
+def _multiplied(b: Any, kind: Loop, given: Given) -> Any:
+    """Eight sums of levels times x. Of a group these are added up first: its scale is then one multiplication more."""
+    read, level = _reading(b, kind), LEVELS[kind.way](b, kind, given.table)
+    per, together = (_long(kind.chunks) if kind.chunks else given.per, SUMS[kind.chunks])
+    total = cgutils.alloca_once_value(b, _constant(0.0, FLOATS))
+    with _groups(b, given, per) as group:
+        first, grid = b.mul(group.index, per), _grid(b, kind, given, group.index)
+        sums = [_zeroed(b) for _ in range(together)]
+        shifts = [_zeroed(b) for _ in range(together if kind.offset else 0)]
+
+        def one(chunk: Any, place: int) -> None:
+            i, own = b.add(first, chunk), place % together
+            value = _placed(b, kind, grid, level(read(b.add(given.source, b.mul(i, _long(kind.bits))))), place)
+            x = _load(b, given.x, FLOATS, b.shl(i, _long(5)))
+            b.store(_fused(b, value, x, b.load(sums[own])), sums[own])
+            if shifts:
+                b.store(b.fadd(x, b.load(shifts[own])), shifts[own])
+
+        if kind.chunks:
+            for place in range(kind.chunks):
+                one(_long(place), place)
+        else:
+            _steps(b, _within(b, given, first, per), together, one)
+        b.store(_fused(b, _added(b, sums), grid.scale, b.load(total)), total)
+        if shifts:
+            b.store(_fused(b, _added(b, shifts), grid.offset, b.load(total)), total)
+    return b.load(total)
+
+
+def _multiplied_trits(b: Any, kind: Loop, given: Given) -> Any:
+    """As `_multiplied`, of five digits a byte, which start anywhere in it: chunks are single columns here.
+
+    The table has zeros behind the five, so that eight columns of x are read; of a byte that two groups share each takes
+    its own digits.
+    """
+    total = cgutils.alloca_once_value(b, _constant(0.0, FLOATS))
+    lanes = _constant([*range(LANES)])
+    with _groups(b, given, given.per) as group:
+        start = b.mul(group.index, given.per)
+        stop = b.add(start, _within(b, given, start, given.per))
+        first, last = b.udiv(start, _long(TRITS_A_BYTE)), b.udiv(b.sub(stop, _long(1)), _long(TRITS_A_BYTE))
+        sums = [_zeroed(b) for _ in range(TRITS_TOGETHER)]
+
+        def digits(i: Any) -> tuple[Any, Any]:
+            code = b.zext(_load(b, given.source, BYTE, i), INT64)
+            x = _load(b, given.x, FLOATS, b.mul(i, _long(4 * TRITS_A_BYTE)))
+            return _load(b, given.table, FLOATS, b.shl(code, _long(5))), x
+
+        def shared(i: Any, counts: Any) -> None:
+            value, x = digits(i)
+            column = b.add(_splat(b, b.trunc(b.mul(i, _long(TRITS_A_BYTE)), INT32), INTS), lanes)
+            low, high = (_splat(b, b.trunc(end, INT32), INTS) for end in (start, stop))
+            inside = b.and_(b.icmp_signed(">=", column, low), b.icmp_signed("<", column, high))
+            value = b.select(b.and_(inside, counts), value, _constant(0.0, FLOATS))
+            b.store(_fused(b, value, x, b.load(sums[0])), sums[0])
+
+        def one(i: Any, place: int) -> None:
+            value, x = digits(b.add(first, b.add(i, _long(1))))
+            b.store(_fused(b, value, x, b.load(sums[place])), sums[place])
+
+        several = b.icmp_signed(">", last, first)
+        shared(first, _constant(1, ir.VectorType(ir.IntType(1), LANES)))
+        _steps(b, b.select(several, b.sub(b.sub(last, first), _long(1)), _long(0)), TRITS_TOGETHER, one)
+        shared(last, _splat(b, several, ir.VectorType(ir.IntType(1), LANES)))
+        grid = _grid(b, kind, given, group.index)
+        b.store(_fused(b, _added(b, sums), grid.scale, b.load(total)), total)
+    return b.load(total)
+
+
+def _zeroed(b: Any) -> Any:
+    """A place for eight numbers, which are zeros from here on each time that it is passed."""
+    place = cgutils.alloca_once(b, FLOATS)
+    b.store(_constant(0.0, FLOATS), place)
+    return place
+
+
+def _added(b: Any, places: list[Any]) -> Any:
+    total = b.load(places[0])
+    for place in places[1:]:
+        total = b.fadd(total, b.load(place))
+    return total
 
 
 def _steps(b: Any, count: Any, together: int, one: Callable[[Any, int], None]) -> None:
@@ -307,36 +406,43 @@ def _steps(b: Any, count: Any, together: int, one: Callable[[Any, int], None]) -
             one(b.add(rest, step.index), 0)
 
 
-def _grids(b: Any, kind: Loop, given: Given) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What a group has, as a function of its number; and levels changed by that: a function of these, the place of the
-    eight in the group, and what the former gives."""
-    outer = _load(b, given.outer, FLOAT32) if kind.outer and (kind.moved or not kind.sums) else None
+class Grid(NamedTuple):
+    """What a group has, in every lane; None: it has none."""
 
-    def of_group(g: Any) -> list[Any]:
-        at = b.mul(g, _long(kind.scale_width))
-        if kind.scale_width == 4:
-            scale = _load(b, given.scale, FLOAT32, at)
-        else:
-            code = _load(b, given.scale, ir.IntType(8 * kind.scale_width), at)
-            scale = _load(b, given.scales, FLOAT32, b.shl(b.zext(code, INT64), _long(2)))
-        scale = _splat(b, scale if outer is None else b.fmul(scale, outer))
-        half, zero, offset, micro = None, None, None, None
-        if kind.moved:
-            zero = _splat(b, _load(b, given.zero, FLOAT32, b.mul(g, given.zero_step)))
-            offset = _splat(b, _load(b, given.offset, FLOAT32, b.mul(g, given.offset_step)))
-        if kind.halved:
-            micro = _splat(b, b.zext(_load(b, given.micro, BYTE, g), INT32), INTS)
-            half = b.fmul(scale, _constant(0.5, FLOATS))
-        return [scale, half, zero, offset, micro]
+    scale: Any
+    zero: Any
+    offset: Any
+    micro: Any
 
-    def change(value: Any, place: int, scale: Any, half: Any, zero: Any, offset: Any, micro: Any) -> Any:
-        if kind.halved:
-            bits = b.shl(micro, _constant([31 - 4 * place - lane // 2 for lane in range(LANES)]))
-            scale = b.select(b.icmp_signed("<", bits, _constant(0)), half, scale)
-        value = b.fmul(b.fsub(value, zero) if kind.moved else value, scale)
-        return b.fadd(value, offset) if kind.moved else value
 
-    return of_group, change
+def _grid(b: Any, kind: Loop, given: Given, g: Any) -> Grid:
+    at = b.mul(g, _long(kind.scale_width))
+    if kind.scale_width == 4:
+        scale = _load(b, given.scale, FLOAT32, at)
+    else:
+        code = _load(b, given.scale, ir.IntType(8 * kind.scale_width), at)
+        scale = _load(b, given.scales, FLOAT32, b.shl(b.zext(code, INT64), _long(2)))
+    zero, offset, micro = None, None, None
+    if kind.outer and not kind.late:
+        scale = b.fmul(scale, _load(b, given.outer, FLOAT32))
+    if kind.zero:
+        zero = _splat(b, _load(b, given.zero, FLOAT32, b.mul(g, given.zero_step)))
+    if kind.offset:
+        offset = _splat(b, _load(b, given.offset, FLOAT32, b.mul(g, given.offset_step)))
+    if kind.halved:
+        micro = _splat(b, b.zext(_load(b, given.micro, BYTE, g), INT32), INTS)
+    return Grid(_splat(b, scale), zero, offset, micro)
+
+
+def _placed(b: Any, kind: Loop, grid: Grid, value: Any, place: int) -> Any:
+    """Eight levels, the place-th of a group, less its zero, or halved."""
+    if grid.zero is not None:
+        value = b.fsub(value, grid.zero)
+    if grid.micro is not None:
+        bits = b.shl(grid.micro, _constant([31 - 4 * place - lane // 2 for lane in range(LANES)]))
+        halves = b.icmp_signed("<", bits, _constant(0))
+        value = b.fmul(value, b.select(halves, _constant(0.5, FLOATS), _constant(1.0, FLOATS)))
+    return value
 
 
 @_written

@@ -67,12 +67,13 @@ class Weight(NamedTuple):
     apart: bool  # groups end within eight columns: levels are written first, then multiplied by scales
     decoding: int  # addresses of loops
     multiplying: int  # 0: none
+    unrolled: int  # columns that this takes at a time
 
 
 def multiply(weight: Weight, x: Tensor) -> Tensor:
     """x (rows, in) float32, contiguous -> (rows, out) float32."""
     count, columns = x.shape
-    x = functional.pad(x, (0, -columns % LANES))
+    x = functional.pad(x, (0, -columns % LANES + LANES))  # trits read behind it
     y = torch.zeros(-(-weight.rows // TOGETHER) * TOGETHER, count)
     _in_threads(
         0, weight.rows, columns * count, partial(_multiply_rows, weight, x.data_ptr(), x.shape[1], y.data_ptr(), count)
@@ -97,9 +98,15 @@ def prepare(weight: Encoded) -> Weight:
         chunks=weight.group // LANES if weight.group == 16 else 0,
         outer=weight.outer.numel() > 0 and not apart,
         halved=weight.micro.numel() > 0,
-        moved=weight.zero.numel() + weight.offset.numel() > 0 and not apart,
+        zero=weight.zero.numel() > 0 and not apart,
+        offset=weight.offset.numel() > 0 and not apart,
     )
-    product = cpu_llvm.loop(kind._replace(sums=kind.chunks or SUMS)).address if not (apart or trits) else 0
+
+    chunks = weight.group // LANES if weight.group // LANES in SUMS and not weight.group % LANES else 0
+    product = kind._replace(chunks=chunks, multiplies=True)
+    if trits:
+        product = product._replace(scale_width=weight.scale.shape[1] // groups, outer=weight.outer.numel() > 0)
+    served = weight.zero.numel() + weight.offset.numel() == 0 if trits else not apart
 
     def row(grid: Tensor) -> int:
         return grid.stride(0) * grid.element_size() if len(grid) > 1 else 0
@@ -140,7 +147,8 @@ def prepare(weight: Encoded) -> Weight:
         trits=trits,
         apart=apart,
         decoding=cpu_llvm.loop(kind).address,
-        multiplying=product,
+        multiplying=cpu_llvm.loop(product).address if served else 0,
+        unrolled=max(1, chunks) * LANES,
     )
 
 
@@ -198,15 +206,23 @@ def _source_of(w, r, first):  # type: ignore[no-untyped-def]
 
 
 @_compiled(inline="always")
-def _run(w, loop, source, r, first, chunks, target, x):  # type: ignore[no-untyped-def]
-    """A loop over `chunks` times eight columns of row r from `first` on, whose codes begin at `source`."""
+def _run(w, loop, source, r, first, chunks, per, target, x):  # type: ignore[no-untyped-def]
+    """A loop over `chunks` of row r from column `first` on, `per` of them to a group, whose codes begin at `source`."""
     g = first // w.group
-    scale = w.neutral if w.apart else w.scale + r * w.scale_stride + w.scale_width * g
+    scale = w.scale + r * w.scale_stride + w.scale_width * g
     outer, table = w.outer + r * w.outer_stride, w.table + r * w.table_stride
     zero, offset = (w.zero + r * w.zero_stride + w.zero_step * g, w.offset + r * w.offset_stride + w.offset_step * g)
-    micro, per = (w.micro + r * w.micro_stride + g, chunks if w.apart or w.groups == 1 else w.group // LANES)
+    micro = w.micro + r * w.micro_stride + g
+    if w.apart and not x:
+        scale, per = w.neutral, chunks
     grids = scale, w.scales, outer, zero, w.zero_step, offset, w.offset_step, micro
     call((loop, source, target, x, table, *grids, chunks, per))
+
+
+@_compiled(inline="always")
+def _per(w, chunks):  # type: ignore[no-untyped-def]
+    """How many eights make a group."""
+    return chunks if w.groups == 1 else w.group // LANES
 
 
 @_compiled(inline="always")
@@ -225,7 +241,7 @@ def _decode_tile(w, r, first, last, tile):  # type: ignore[no-untyped-def]
             cpu_llvm.copy_eight((target + 4 * (5 * i - past), w.table + 32 * np.int64(byte_at(source + i))))
         source = target
     if not (w.apart and w.trits):
-        _run(w, w.decoding, source, r, first, chunks, target, 0)
+        _run(w, w.decoding, source, r, first, chunks, _per(w, chunks), target, 0)
     if w.apart:
         c, g = first, first // w.group
         while c < last:
@@ -259,12 +275,15 @@ def _decode(w, out, size, origin, start, stop):  # type: ignore[no-untyped-def]
 @_compiled()
 def _multiply_one(w, x, y, start, stop):  # type: ignore[no-untyped-def]
     """Columns that fill no lanes are decoded: what lies behind them may be NaN, which no zero in x cancels."""
-    tile = np.empty(4 * LANES, np.float32)
-    together = w.group if w.group == 2 * LANES else LANES
-    whole = w.columns // together * together
+    tile = np.empty(w.unrolled + 2 * LANES, np.float32)
+    whole = w.columns // w.unrolled * w.unrolled
     for r in range(start, stop):
+        if w.trits:
+            _run(w, w.multiplying, w.packed + r * w.stride, r, 0, w.columns, w.group, y + 4 * r, x)
+            continue
         if whole:
-            _run(w, w.multiplying, _source_of(w, r, 0), r, 0, whole // LANES, y + 4 * r, x)
+            chunks = whole // LANES
+            _run(w, w.multiplying, _source_of(w, r, 0), r, 0, chunks, _per(w, chunks), y + 4 * r, x)
         if whole < w.columns:
             _decode_tile(w, r, whole, w.columns, tile)
             for c in range(0, w.columns - whole, LANES):

@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     shape: tuple[int, int]
     packed: Tensor  # (out, bytes) uint8
     tail: Tensor  # (bytes,) uint8: the last rows of packed once more, and 16 bytes, for words are read past the end
-    table: Tensor  # (1 or out, 16 or 2**bits) float32; of trits (1, 2048), eight a byte
+    table: Tensor  # (1 or out, 16 or 2**bits) float32; of trits (1, 2048): five a byte, and three zeros
     scale: Tensor  # (1 or out, groups * 1, 2 or 4) uint8: the bytes of the scales
     scales: Tensor  # (256 or 65536,) float32: what they stand for, where they have 8 or 16 bits
     zero: Tensor  # (1 or out, groups) float32, or (1, 1), or (0, 0): levels are less the zero already
@@ -41,8 +41,7 @@ class Encoded(NamedTuple):
     group: int
     way: int
     sign: int  # the bit of the sign, if any
-    # of INTEGER: what is taken from codes whose bit of the sign is turned over; of FLOAT: 1 for no zero of -0
-    least: int
+    least: int  # of INTEGER: what is taken from codes; of FLOAT: 1 for no zero of -0
     mantissa: int  # of FLOAT: bits
     exponent: int  # of FLOAT: of the factor
     largest: int  # of FLOAT: the greatest code that is a number, without its sign
@@ -192,7 +191,7 @@ def encode(weight: PackedWeight) -> Encoded:
         table,
         scale.view(torch.uint8),
         _scales(scale.dtype),
-        zero.float().contiguous() if isinstance(zero, Tensor) else torch.full((1, 1), zero) if zero else none,
+        zero.float().contiguous() if isinstance(zero, Tensor) else torch.full((1, 1), float(zero)) if zero else none,
         none if weight.outer is None else weight.outer.float().contiguous(),
         none if weight.offset is None else weight.offset.float().contiguous(),
         none.byte() if weight.micro is None else weight.micro.contiguous(),
@@ -209,15 +208,11 @@ def _way(weight: PackedWeight) -> tuple[int, Tensor, Tensor | int, tuple[int, in
     left, taken = (zero, 0) if isinstance(zero, Tensor) else (0, zero)  # by the loop group by group, or beforehand
     nothing = torch.zeros(1, 1)
     if weight.trits:
-        digits = torch.arange(256).unsqueeze(1) // 3 ** torch.arange(8) % 3
-        return TRITS, digits.float().view(1, -1) - taken, left, (0, 0, 0, 0, 0)
-    sign = 2 ** (bits - 1) if weight.signed else 0
-    if levels is None and bits > 4:
-        return INTEGER, nothing, left, (sign, sign + taken, 0, 0, 0)
+        digits = torch.arange(256).unsqueeze(1) // 3 ** torch.arange(5) % 3
+        return TRITS, functional.pad(digits.float() - taken, (0, 3)).view(1, -1), left, (0, 0, 0, 0, 0)
     if levels is None:
-        codes = torch.arange(2**bits)
-        levels = (codes ^ sign) - sign
-    elif bits > 4 and levels.dim() == 1 and (found := as_floats(levels.float(), bits)):
+        return INTEGER, nothing, left, (2 ** (bits - 1) if weight.signed else 0, taken, 0, 0, 0)
+    if bits >= 4 and levels.dim() == 1 and (found := as_floats(levels.float(), bits)):
         return FLOAT, nothing, zero, found
     table = levels.float().view(-1, 2**bits) - taken
     return TABLE, functional.pad(table, (0, max(0, 16 - 2**bits))).contiguous(), left, (0, 0, 0, 0, 0)
