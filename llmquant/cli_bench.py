@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from llmquant.cli_common import (
     out,
 )
 from llmquant.errors import PlanError
+from llmquant.version import __version__
 
 
 def bench(
@@ -77,6 +79,8 @@ def bench(
         ]
     facts = {
         "device": torch.cuda.get_device_name(place) if place != "cpu" else "cpu",
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "llmquant": __version__,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": dtype,
