@@ -8,7 +8,7 @@ look up eight numbers in a table of sixteen. It is plain LLVM, for any processor
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -44,20 +44,21 @@ class Loop(NamedTuple):
     halved: bool = False  # by micro-exponents
     zero: bool = False
     offset: bool = False
-    multiplies: bool = False  # by x, instead of writing what it decodes
+    by: int = 0  # rows of x that it multiplies by; 0: it writes what it decodes
 
     @property
     def late(self) -> bool:
         """Whether what is the same for a whole row is left for the sum."""
-        return self.multiplies and not (self.zero or self.offset)
+        return self.by > 0 and not (self.zero or self.offset)
 
 
 class Given(NamedTuple):
     """What a loop is called with: addresses, and numbers of 64 bits."""
 
     source: Any
-    target: Any  # of the numbers that are decoded, or of the one that the sum is added to
+    target: Any  # of the numbers that are decoded, or of those that the sums are added to, one for each row of x
     x: Any
+    x_stride: Any  # bytes from row to row
     table: Any
     scale: Any
     scales: Any  # what scales of 8 and 16 bits stand for
@@ -270,15 +271,16 @@ LEVELS = {TABLE: _from_table, INTEGER: _as_integer, FLOAT: _as_float, TRITS: _as
 
 
 def _over_codes(b: Any, kind: Loop, given: Given) -> None:
-    """Write ``(level - zero) * scale * half + offset`` to target, or add to it the sum of these times x."""
-    if kind.multiplies:
-        total = _sum(b, _multiplied_trits(b, kind, given) if kind.way == TRITS else _multiplied(b, kind, given))
+    """Write ``(level - zero) * scale * half + offset`` to target, or add to it the sums of these times rows of x."""
+    if not kind.by:
+        return _decoded(b, kind, given)
+    for j, eight in enumerate(_multiplied_trits(b, kind, given) if kind.way == TRITS else _multiplied(b, kind, given)):
+        total = _sum(b, eight)
         if kind.late:
             total = b.fmul(total, ir.Constant(FLOAT32, 2.0**kind.exponent))
             total = b.fmul(total, _load(b, given.outer, FLOAT32)) if kind.outer else total
-        _store(b, b.fadd(_load(b, given.target, FLOAT32), total), given.target)
-    else:
-        _decoded(b, kind, given)
+        at = b.add(given.target, _long(4 * j))
+        _store(b, b.fadd(_load(b, at, FLOAT32), total), at)
 
 
 def _groups(b: Any, given: Given, per: Any) -> Any:
@@ -311,87 +313,101 @@ def _decoded(b: Any, kind: Loop, given: Given) -> None:
             _steps(b, _within(b, given, first, per), 1, one)
 
 
-def _multiplied(b: Any, kind: Loop, given: Given) -> Any:
-    """Eight sums of levels times x. Of a group these are added up first: its scale is then one multiplication more."""
+def _multiplied(b: Any, kind: Loop, given: Given) -> list[Any]:
+    """For each row of x eight sums of levels times x. Of a group these are added up first, and then take its scale."""
     read, level = _reading(b, kind), LEVELS[kind.way](b, kind, given.table)
-    per, together = (_long(kind.chunks) if kind.chunks else given.per, SUMS[kind.chunks])
-    total = cgutils.alloca_once_value(b, _constant(0.0, FLOATS))
+    per, together = (_long(kind.chunks) if kind.chunks else given.per, max(1, SUMS[kind.chunks] // kind.by))
+    totals, rows = _Sums(b, kind.by), _rows(b, kind, given)
     with _groups(b, given, per) as group:
         first, grid = b.mul(group.index, per), _grid(b, kind, given, group.index)
-        sums = [_zeroed(b) for _ in range(together)]
-        shifts = [_zeroed(b) for _ in range(together if kind.offset else 0)]
+        sums = [_Sums(b, together) for _ in rows]
+        shifts = [_Sums(b, together) for _ in rows] if kind.offset else []
 
         def one(chunk: Any, place: int) -> None:
             i, own = b.add(first, chunk), place % together
             value = _placed(b, kind, grid, level(read(b.add(given.source, b.mul(i, _long(kind.bits))))), place)
-            x = _load(b, given.x, FLOATS, b.shl(i, _long(5)))
-            b.store(_fused(b, value, x, b.load(sums[own])), sums[own])
-            if shifts:
-                b.store(b.fadd(x, b.load(shifts[own])), shifts[own])
+            for j, row in enumerate(rows):
+                x = _load(b, row, FLOATS, b.shl(i, _long(5)))
+                sums[j].add(own, value, x)
+                if shifts:
+                    shifts[j].add(own, _constant(1.0, FLOATS), x)
 
         if kind.chunks:
             for place in range(kind.chunks):
                 one(_long(place), place)
         else:
             _steps(b, _within(b, given, first, per), together, one)
-        b.store(_fused(b, _added(b, sums), grid.scale, b.load(total)), total)
-        if shifts:
-            b.store(_fused(b, _added(b, shifts), grid.offset, b.load(total)), total)
-    return b.load(total)
+        for j in range(kind.by):
+            totals.add(j, sums[j].total(), grid.scale)
+            if shifts:
+                totals.add(j, shifts[j].total(), grid.offset)
+    return totals.all()
 
 
-def _multiplied_trits(b: Any, kind: Loop, given: Given) -> Any:
+def _multiplied_trits(b: Any, kind: Loop, given: Given) -> list[Any]:
     """As `_multiplied`, of five digits a byte, which start anywhere in it: chunks are single columns here.
 
     The table has zeros behind the five, so that eight columns of x are read; of a byte that two groups share each takes
     its own digits.
     """
-    total = cgutils.alloca_once_value(b, _constant(0.0, FLOATS))
-    lanes = _constant([*range(LANES)])
+    together = max(1, TRITS_TOGETHER // kind.by)
+    totals, rows, lanes = _Sums(b, kind.by), _rows(b, kind, given), _constant([*range(LANES)])
+    flags = ir.VectorType(ir.IntType(1), LANES)
     with _groups(b, given, given.per) as group:
         start = b.mul(group.index, given.per)
         stop = b.add(start, _within(b, given, start, given.per))
         first, last = b.udiv(start, _long(TRITS_A_BYTE)), b.udiv(b.sub(stop, _long(1)), _long(TRITS_A_BYTE))
-        sums = [_zeroed(b) for _ in range(TRITS_TOGETHER)]
+        sums = [_Sums(b, together) for _ in rows]
 
-        def digits(i: Any) -> tuple[Any, Any]:
+        def digits(i: Any) -> Any:
             code = b.zext(_load(b, given.source, BYTE, i), INT64)
-            x = _load(b, given.x, FLOATS, b.mul(i, _long(4 * TRITS_A_BYTE)))
-            return _load(b, given.table, FLOATS, b.shl(code, _long(5))), x
+            return _load(b, given.table, FLOATS, b.shl(code, _long(5)))
+
+        def add(i: Any, own: int, value: Any) -> None:
+            for j, row in enumerate(rows):
+                sums[j].add(own, value, _load(b, row, FLOATS, b.mul(i, _long(4 * TRITS_A_BYTE))))
 
         def shared(i: Any, counts: Any) -> None:
-            value, x = digits(i)
             column = b.add(_splat(b, b.trunc(b.mul(i, _long(TRITS_A_BYTE)), INT32), INTS), lanes)
             low, high = (_splat(b, b.trunc(end, INT32), INTS) for end in (start, stop))
             inside = b.and_(b.icmp_signed(">=", column, low), b.icmp_signed("<", column, high))
-            value = b.select(b.and_(inside, counts), value, _constant(0.0, FLOATS))
-            b.store(_fused(b, value, x, b.load(sums[0])), sums[0])
+            add(i, 0, b.select(b.and_(inside, counts), digits(i), _constant(0.0, FLOATS)))
 
-        def one(i: Any, place: int) -> None:
-            value, x = digits(b.add(first, b.add(i, _long(1))))
-            b.store(_fused(b, value, x, b.load(sums[place])), sums[place])
+        def one(step: Any, place: int) -> None:
+            i = b.add(first, b.add(step, _long(1)))
+            add(i, place, digits(i))
 
         several = b.icmp_signed(">", last, first)
-        shared(first, _constant(1, ir.VectorType(ir.IntType(1), LANES)))
-        _steps(b, b.select(several, b.sub(b.sub(last, first), _long(1)), _long(0)), TRITS_TOGETHER, one)
-        shared(last, _splat(b, several, ir.VectorType(ir.IntType(1), LANES)))
+        shared(first, _constant(1, flags))
+        _steps(b, b.select(several, b.sub(b.sub(last, first), _long(1)), _long(0)), together, one)
+        shared(last, _splat(b, several, flags))
         grid = _grid(b, kind, given, group.index)
-        b.store(_fused(b, _added(b, sums), grid.scale, b.load(total)), total)
-    return b.load(total)
+        for j in range(kind.by):
+            totals.add(j, sums[j].total(), grid.scale)
+    return totals.all()
 
 
-def _zeroed(b: Any) -> Any:
-    """A place for eight numbers, which are zeros from here on each time that it is passed."""
-    place = cgutils.alloca_once(b, FLOATS)
-    b.store(_constant(0.0, FLOATS), place)
-    return place
+def _rows(b: Any, kind: Loop, given: Given) -> list[Any]:
+    return [b.add(given.x, b.mul(given.x_stride, _long(j))) for j in range(kind.by)]
 
 
-def _added(b: Any, places: list[Any]) -> Any:
-    total = b.load(places[0])
-    for place in places[1:]:
-        total = b.fadd(total, b.load(place))
-    return total
+class _Sums:
+    """Vectors of eight sums, which are zeros each time that the place in the code is passed where they are made."""
+
+    def __init__(self, b: Any, count: int) -> None:
+        self.b, self.places = b, [cgutils.alloca_once(b, FLOATS) for _ in range(count)]
+        for place in self.places:
+            b.store(_constant(0.0, FLOATS), place)
+
+    def add(self, number: int, x: Any, y: Any) -> None:
+        """x * y to one of them."""
+        self.b.store(_fused(self.b, x, y, self.b.load(self.places[number])), self.places[number])
+
+    def all(self) -> list[Any]:
+        return [self.b.load(place) for place in self.places]
+
+    def total(self) -> Any:
+        return reduce(self.b.fadd, self.all())
 
 
 def _steps(b: Any, count: Any, together: int, one: Callable[[Any, int], None]) -> None:

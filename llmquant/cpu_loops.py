@@ -1,6 +1,6 @@
 """Products on a CPU by weights that stay as they are: what llmquant_kernels.cpu_compiled multiplies with.
 
-One row of x is multiplied by codes as they are decoded. For more, four rows of the weight are decoded at a time, as
+Few rows of x are multiplied by codes as they are decoded. For more, four rows of the weight are decoded at a time, as
 many columns as the first cache holds, and multiplied by x from there. The loops over codes are those of cpu_llvm.
 
 What is common to all formats is compiled at the first product, a loop at the first product of its format; all of it is
@@ -29,6 +29,7 @@ from llmquant_kernels.cpu_compiled import TRITS, Encoded
 
 # Columns that are decoded at a time: with those of x they stay in the first cache. A whole number of lanes.
 COLUMNS = 1280
+FEW = 8  # rows of x up to which the weight is decoded for each four, or two, or one, of them
 # Multiplications below which another thread costs more than it gains.
 LEAST_WORK = 2**18
 NEUTRAL = torch.tensor([1.0, 0.0, -0.0])  # a scale, a zero and an offset that change nothing
@@ -66,8 +67,10 @@ class Weight(NamedTuple):
     trits: bool
     apart: bool  # groups end within eight columns: levels are written first, then multiplied by scales
     decoding: int  # addresses of loops
-    multiplying: int  # 0: none
-    unrolled: int  # columns that this takes at a time
+    by_one: int  # that multiply by so many rows of x; 0: there is none
+    by_two: int
+    by_four: int
+    unrolled: int  # columns that these take at a time
 
 
 def multiply(weight: Weight, x: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def prepare(weight: Encoded) -> Weight:
     )
 
     chunks = weight.group // LANES if weight.group // LANES in SUMS and not weight.group % LANES else 0
-    product = kind._replace(chunks=chunks, multiplies=True)
+    product = kind._replace(chunks=chunks)
     if trits:
         product = product._replace(scale_width=weight.scale.shape[1] // groups, outer=weight.outer.numel() > 0)
     served = weight.zero.numel() + weight.offset.numel() == 0 if trits else not apart
@@ -147,7 +150,9 @@ def prepare(weight: Encoded) -> Weight:
         trits=trits,
         apart=apart,
         decoding=cpu_llvm.loop(kind).address,
-        multiplying=cpu_llvm.loop(product).address if served else 0,
+        by_one=cpu_llvm.loop(product._replace(by=1)).address if served else 0,
+        by_two=cpu_llvm.loop(product._replace(by=2)).address if served else 0,
+        by_four=cpu_llvm.loop(product._replace(by=4)).address if served else 0,
         unrolled=max(1, chunks) * LANES,
     )
 
@@ -206,7 +211,7 @@ def _source_of(w, r, first):  # type: ignore[no-untyped-def]
 
 
 @_compiled(inline="always")
-def _run(w, loop, source, r, first, chunks, per, target, x):  # type: ignore[no-untyped-def]
+def _run(w, loop, source, r, first, chunks, per, target, x, x_stride):  # type: ignore[no-untyped-def]
     """A loop over `chunks` of row r from column `first` on, `per` of them to a group, whose codes begin at `source`."""
     g = first // w.group
     scale = w.scale + r * w.scale_stride + w.scale_width * g
@@ -216,7 +221,7 @@ def _run(w, loop, source, r, first, chunks, per, target, x):  # type: ignore[no-
     if w.apart and not x:
         scale, per = w.neutral, chunks
     grids = scale, w.scales, outer, zero, w.zero_step, offset, w.offset_step, micro
-    call((loop, source, target, x, table, *grids, chunks, per))
+    call((loop, source, target, x, x_stride, table, *grids, chunks, per))
 
 
 @_compiled(inline="always")
@@ -241,7 +246,7 @@ def _decode_tile(w, r, first, last, tile):  # type: ignore[no-untyped-def]
             cpu_llvm.copy_eight((target + 4 * (5 * i - past), w.table + 32 * np.int64(byte_at(source + i))))
         source = target
     if not (w.apart and w.trits):
-        _run(w, w.decoding, source, r, first, chunks, _per(w, chunks), target, 0)
+        _run(w, w.decoding, source, r, first, chunks, _per(w, chunks), target, 0, 0)
     if w.apart:
         c, g = first, first // w.group
         while c < last:
@@ -273,21 +278,30 @@ def _decode(w, out, size, origin, start, stop):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def _multiply_one(w, x, y, start, stop):  # type: ignore[no-untyped-def]
+def _multiply_few(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-def]
     """Columns that fill no lanes are decoded: what lies behind them may be NaN, which no zero in x cancels."""
     tile = np.empty(w.unrolled + 2 * LANES, np.float32)
     whole = w.columns // w.unrolled * w.unrolled
+    chunks, per, source = whole // LANES, _per(w, whole // LANES), w.packed
+    if w.trits:
+        whole, chunks, per = w.columns, w.columns, w.group
     for r in range(start, stop):
-        if w.trits:
-            _run(w, w.multiplying, w.packed + r * w.stride, r, 0, w.columns, w.group, y + 4 * r, x)
-            continue
-        if whole:
-            chunks = whole // LANES
-            _run(w, w.multiplying, _source_of(w, r, 0), r, 0, chunks, _per(w, chunks), y + 4 * r, x)
+        source = w.packed + r * w.stride if w.trits else _source_of(w, r, 0)
+        m = 0
+        while whole and m < count:
+            loop, by = w.by_one, 1
+            if m + 2 <= count:
+                loop, by = w.by_two, 2
+            if m + 4 <= count:
+                loop, by = w.by_four, 4
+            _run(w, loop, source, r, 0, chunks, per, y + 4 * (r * count + m), x + 4 * m * width, 4 * width)
+            m += by
         if whole < w.columns:
             _decode_tile(w, r, whole, w.columns, tile)
-            for c in range(0, w.columns - whole, LANES):
-                cpu_llvm.add_products((_address_of(tile) + 4 * c, x + 4 * (whole + c), y + 4 * r))
+            for m in range(count):
+                for c in range(0, w.columns - whole, LANES):
+                    place = x + 4 * (m * width + whole + c)
+                    cpu_llvm.add_products((_address_of(tile) + 4 * c, place, y + 4 * (r * count + m)))
 
 
 @_compiled()
@@ -296,8 +310,8 @@ def _multiply(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-de
 
     x and y: addresses; width: columns of x, whole lanes.
     """
-    if count == 1 and w.multiplying:
-        _multiply_one(w, x, y, start, stop)
+    if count <= FEW and w.by_one:
+        _multiply_few(w, x, width, y, count, start, stop)
         return
     tile = np.zeros((TOGETHER, COLUMNS + 2 * LANES), np.float32)
     source, stride = _address_of(tile), 4 * (COLUMNS + 2 * LANES)
