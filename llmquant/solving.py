@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -73,7 +74,9 @@ def solve_block(
                 result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
             else:
                 own = replace(stats, curvature=scales.curvature(target.name, curves.get(target.name)))
-                result = _solve(row, scales.matrix(target.name), own)
+                weight = scales.matrix(target.name)
+                with swap.resting():
+                    result = _solve(row, weight, own)
             results[row.target.name] = result
             if streams is not None:
                 put(prepared, swap, row, result.solution)
@@ -341,4 +344,5 @@ def report_of(row: Row, w: Tensor, solution: Solution, stats: Stats | None, outp
 
 @phase("put")
 def put(prepared: Prepared, swap: WeightSwap, row: Row, solution: Solution) -> None:
-    swap.put(prepared.model, row.target, row.format.decode(solution.codes, solution.grid))
+    again = partial(row.format.decode, solution.codes, solution.grid)
+    swap.put(prepared.model, row.target, again(), again)
