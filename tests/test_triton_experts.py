@@ -120,9 +120,12 @@ def test_the_operator_keeps_torchs_rules() -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
-def test_models_answer_as_with_each_expert_decoded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_checkpoint(tmp_path / "model", name, num_hidden_layers=1)
+@pytest.mark.parametrize(("name", "count"), [("gpt_oss", "num_local_experts"), ("qwen3_moe", "num_experts")])
+def test_models_answer_as_with_each_expert_decoded(
+    name: str, count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small: dict[str, Any] = {"num_hidden_layers": 1, count: 2, "num_experts_per_tok": 1}
+    folder = make_checkpoint(tmp_path / "model", name, **small)
     recipe = Recipe((Rule("*.experts.*", "int4:g16"),))
     llmquant.quantize(folder, tmp_path / "out", format=recipe, quality="fast", verify=False, report=False)
     model: Any = llmquant.load(tmp_path / "out", dtype=F16)
