@@ -173,7 +173,7 @@ def job_for(
         shown,
         seed,
         device,
-        dtype or (None if shown is None else calibration_dtype(device)),
+        dtype or (None if shown is None else fast_dtype(device)),
         tuning=preset.tuning,
         trust_remote_code=trust_remote_code,
         rotate=rotate,
@@ -191,10 +191,10 @@ def calibration_for(
     return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature, check=check)
 
 
-def calibration_dtype(device: str) -> torch.dtype | None:
-    """What to calibrate in: the model's own type (None), but float32 on a CPU that does not multiply in 16 bits.
+def fast_dtype(device: str) -> torch.dtype | None:
+    """float32 on a CPU that does not multiply in 16 bits, and no choice (None) elsewhere.
 
-    There a forward pass in bfloat16 takes some five times as long, and with it the run three times.
+    There a forward pass in bfloat16 takes some five times as long, and with it a calibrated run three times.
     """
     return torch.float32 if device.startswith("cpu") and not multiplies_bfloat16() else None
 

@@ -32,15 +32,20 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random choices, where the temperature is above 0.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type of the activations.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the activations [bfloat16; float32 on a CPU that does not multiply it].")
+    ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Let MODEL, quantized or not, continue PROMPT: text as it comes, then tokens per second."""
+    import torch
+
     from llmquant import api, generation, text
     from llmquant.checkpoint import locate
 
     tokenizer = text.load_tokenizer(locate(model), trust_remote_code)
-    loaded = api.load_any(model, dtype_named(dtype), trust_remote_code)
+    own = dtype_named(dtype) if dtype else api.fast_dtype(api.default_device()) or torch.bfloat16
+    loaded = api.load_any(model, own, trust_remote_code)
     written = generation.stream(
         loaded,
         tokenizer,
