@@ -118,14 +118,17 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     width, hidden = max(row.target.shape[1] for row in rows), text_config(model.config).hidden_size
     tokens = 4 * hidden * HELD + 2 * 4 * width * HELD  # held out of the sums: two streams of inputs, and the debt
     passing = work.batch * (2 * 4 * width + 8 * hidden * model.dtype.itemsize)  # inputs in float32, both streams
-    solving = COPIES * 4 * largest + SQUARES * 4 * width**2 + tokens + packed + dense
+    # While a matrix is solved the rest of its block is held as it was read, and as codes.
+    solving = COPIES * 4 * largest + SQUARES * 4 * width**2 + tokens + packed + codes * (1 + 2)
+    share = -(-work.tokens // work.ranks)
+    # While the block runs both its weights are there, the sums over what enters it, and the last block is written.
+    running = 2 * dense + 2 * 4 * width**2 + tokens + passing + _seen(model, share, width) + writing
     if any(row.target.expert is not None for row in rows):
-        solving += EXPERT_BYTES + 2 * 4 * width**2  # tokens sent to experts, and the sums over all of them
+        running += EXPERT_BYTES + 2 * 4 * width**2  # tokens sent to experts, and the sums over all of them
+        solving += EXPERT_BYTES + 2 * 4 * width**2 + 2 * dense
     curves = 0
     if work.curvature:
         curves = sum(4 * 32 * row.target.shape[0] for row in rows)  # G in blocks of 32, of every matrix
-    share = -(-work.tokens // work.ranks)
-    solving += min(SEEN_BYTES, share * (7 * hidden + width) * model.dtype.itemsize)
     states = 0 if work.offload else 2 * share * hidden * model.dtype.itemsize
     backward = 0
     if work.curvature and not work.offload:
@@ -133,8 +136,15 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     backward += 4 * work.batch * sum(sum(row.target.shape) for row in blocks[0]) if work.curvature else 0
     tuning = outside + work.means.nbytes if work.means else 0
     together = max(_together([row for row in block if row.rule.solver in TUNERS], work.batch) for block in blocks)
-    solving += together + (share * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
-    return BASE + curves + max(rounding + writing, check, solving + writing + passing + states, backward, tuning)
+    running += together + (share * hidden * model.dtype.itemsize if together else 0)  # the block's own outputs
+    return BASE + curves + max(rounding + writing, check, max(solving, running) + states, backward, tuning)
+
+
+def _seen(model: StreamedModel, tokens: int, width: int) -> int:
+    """Of what the reference shows of a block, what is kept: all, or what leaves it, or nothing."""
+    leaving = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
+    entering = 6 * leaving + tokens * width * model.dtype.itemsize
+    return next((nbytes for nbytes in (entering + leaving, leaving) if nbytes <= SEEN_BYTES), 0)
 
 
 def _together(rows: list[Row], tokens: int) -> int:
