@@ -68,18 +68,10 @@ def solve_block(
         seen: Iterable[tuple[Target, Stats | None]] = ((row.target, None) for row in mine.values())
         if scales is not None and stage.targets[0].name in reached and any(_needs_stats(row) for row in wanted):
             seen = _scaled(scales, rows, stage, mine)
-        for target, stats in seen:
-            row = mine[target.name]
-            if scales is None or stats is None:
-                result = _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
-            else:
-                own = replace(stats, curvature=scales.curvature(target.name, curves.get(target.name)))
-                weight = scales.matrix(target.name)
-                with swap.resting():
-                    result = _solve(row, weight, own)
-            results[row.target.name] = result
+        for result in _own(prepared, mine, seen, scales, curves, swap):
+            results[result.row.target.name] = result
             if streams is not None:
-                put(prepared, swap, row, result.solution)
+                put(prepared, swap, result.row, result.solution)
             step(sum(result.row.weights for result in results.values()))
         for result in _of_others(prepared, wanted, [results[name] for name in mine]):
             results[result.row.target.name] = result
@@ -93,6 +85,27 @@ def solve_block(
     if streams is not None:
         results |= _block_tuned(prepared, block, streams, curves, swap, results)
     return [results[name] for name in rows]
+
+
+def _own(
+    prepared: Prepared,
+    mine: dict[str, Row],
+    seen: Iterable[tuple[Target, Stats | None]],
+    scales: Scales | None,
+    curves: dict[str, Tensor],
+    swap: WeightSwap,
+) -> Iterator[Result]:
+    """The matrices of a stage that this process solves. Whoever comes to the end holds none of their statistics."""
+    for target, stats in seen:
+        row = mine[target.name]
+        if scales is None or stats is None:
+            yield _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
+            continue
+        stats.curvature = scales.curvature(target.name, curves.get(target.name))
+        weight = scales.matrix(target.name)
+        with swap.resting():
+            result = _solve(row, weight, stats)
+        yield result
 
 
 def _needs_stats(row: Row) -> bool:
@@ -175,6 +188,7 @@ def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage, mine: Container[
     stats = next(scales.streams.statistics(scales.block, stage, scales.swap))[1]  # which all targets share
     for place in balanced:
         stats = balance(scales, place, stats, formats)
+    stats.sharing = sum(target.name in mine for target in stage.targets)
     return ((target, stats) for target in stage.targets if target.name in mine)
 
 

@@ -58,6 +58,7 @@ class Stats:
     pieces: list[tuple[Tensor, ...]] = field(default_factory=list)  # of held-out tokens
     shared: dict[float, Any] = field(default_factory=dict)  # what solvers made of the sums, for linears that share them
     share: tuple[int, int] = (0, 1)
+    sharing: int = 0  # linears still to be solved that share the sums, where that is counted
 
     @classmethod
     def empty(cls, columns: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> Stats:
@@ -157,6 +158,12 @@ class Stats:
             pieces=[(x / scale, x_ref / scale, *debt) for x, x_ref, *debt in self.pieces],
             shared={},
         )
+
+    def spent(self) -> None:
+        """One of the linears that share the sums needs cross and debt no more; when none does they are let go of."""
+        self.sharing -= 1
+        if self.sharing == 0:
+            self.cross, self.debt = self.cross.new_empty(0, 0), None
 
     def importance(self) -> Tensor:
         """Mean square of every input (in,). Inputs never active weigh a millionth of the mean."""

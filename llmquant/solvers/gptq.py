@@ -70,6 +70,7 @@ def solve(
     ladder.offer("rounding", *fmt.quantize(w, importance, clip=clip), fmt)
     felt = metric(stats, damp)
     aim = aimed(w, stats, felt, ladder.missed) if target else w
+    stats.spent()
     from_grid = partial(_from_grid, aim, fmt=fmt, felt=felt, rounds=rounds, exponents=exponents)
     places, grid = from_grid(fmt.fit(aim, importance, clip=clip), ladder=ladder)
     others = [(None, clip), (None, "minmax")][: starts - 1]
