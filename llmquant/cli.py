@@ -132,7 +132,7 @@ def quantize(
     ] = False,
     samples: Annotated[int | None, typer.Option(help="Calibration windows [128; with fast 16].")] = None,
     length: LengthOption = None,
-    batch: Annotated[int, typer.Option(help="Windows that go through a block at once.")] = 8,
+    batch: Annotated[int, typer.Option(help="Windows that go through a block at once; a CPU may take fewer.")] = 8,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: Annotated[

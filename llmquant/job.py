@@ -37,9 +37,9 @@ class Calibration:
 
     source: "self" (the model's own samples), a text, JSON, JSONL or parquet file, a dataset id, or token ids: a
     .safetensors with a tensor `tokens` (windows, length) int64. length None: that of given tokens, else 512, or the
-    model's limit where that is lower. curvature: the share of the windows over which a backward pass finds out how the
-    loss curves, for the last step of rounding; 0: none. check: whether text that is not of the model's own kind is
-    mended (see domain.py).
+    model's limit where that is lower. batch: windows that go through a block at once, at most. curvature: the share of
+    the windows over which a backward pass finds out how the loss curves, for the last step of rounding; 0: none. check:
+    whether text that is not of the model's own kind is mended (see domain.py).
     """
 
     source: str = "self"
