@@ -70,7 +70,6 @@ def solve(
     ladder.offer("rounding", *fmt.quantize(w, importance, clip=clip), fmt)
     felt = metric(stats, damp)
     aim = aimed(w, stats, felt, ladder.missed) if target else w
-    stats.spent()
     from_grid = partial(_from_grid, aim, fmt=fmt, felt=felt, rounds=rounds, exponents=exponents)
     places, grid = from_grid(fmt.fit(aim, importance, clip=clip), ladder=ladder)
     others = [(None, clip), (None, "minmax")][: starts - 1]
@@ -209,6 +208,7 @@ def aimed(w: Tensor, stats: Stats, felt: Metric, missed: Tensor | None) -> Tenso
     wanted = product(w, stats.cross)  # (out, in)
     if stats.debt is not None:
         wanted += stats.debt
+    stats.spent()
     change = felt.solved(wanted)
     effect = product(held.x, change.T)
     overlap = float(torch.linalg.vecdot(effect, missed).sum(dtype=torch.float64))
