@@ -95,8 +95,8 @@ def _own(
     curves: dict[str, Tensor],
     swap: WeightSwap,
 ) -> Iterator[Result]:
-    """The matrices of a stage that this process solves. Whoever comes to the end holds none of their statistics."""
-    for target, stats in seen:
+    """The matrices of a stage that this process solves."""
+    for number, (target, stats) in enumerate(seen, 1):
         row = mine[target.name]
         if scales is None or stats is None:
             yield _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
@@ -105,6 +105,8 @@ def _own(
         weight = scales.matrix(target.name)
         with swap.resting():
             result = _solve(row, weight, stats)
+            if number == len(mine):
+                stats.clear()  # before the block needs the room again
         yield result
 
 

@@ -165,6 +165,13 @@ class Stats:
         if self.sharing == 0:
             self.cross, self.debt = self.cross.new_empty(0, 0), None
 
+    def clear(self) -> None:
+        """Let go of all sums, and of what was made of them, whoever still holds this."""
+        self.hessian = self.cross = self.hessian.new_empty(0, 0)
+        self.debt = None
+        self.shared.clear()
+        self.pieces.clear()
+
     def importance(self) -> Tensor:
         """Mean square of every input (in,). Inputs never active weigh a millionth of the mean."""
         squares = self.hessian.diagonal() / self.worth
