@@ -101,6 +101,20 @@ Rank correlation (Spearman) of the cheap estimates with costs measured alone: of
 within one candidate, which is what tells sets apart:
 """
 
+TRAINED = """
+## Trained at few bits
+
+The bundled model by four ways to few bits: rounded to nearest (`--quality fast`), scales and norms of that tuned
+(`llmquant tune`), `balanced`, and trained while rounded (`llmquant qat`), both training runs for as many steps on as
+many windows; on windows that no run has seen. A seed chooses other windows. Peak memory is that of the whole process.
+
+```
+python tests/assets/train_pycode.py --training train.json --held-out held_out.json
+python eval/qat.py tests/assets/pycode --data train.json --text held_out.json --output runs \\
+    --result eval/results/qat.json {arguments}
+```
+"""
+
 
 def read(name: str) -> list[Result]:
     found: list[Result] = json.loads((RESULTS / name).read_text())["results"]
@@ -184,6 +198,23 @@ def ranks(found: list[Result]) -> list[str]:
     return lines
 
 
+def trained(found: dict[str, Any]) -> list[str]:
+    settings = found["settings"]
+    names = ("steps", "batch", "samples", "max_windows")
+    arguments = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in names)
+    runs: dict[tuple[str, str], list[Result]] = {}
+    for row in found["results"]:
+        runs.setdefault((row["format"], row["method"]), []).append(row)
+    lines = [TRAINED.format(arguments=arguments)]
+    lines += ["| format | bits | way | KL | perplexity | CPU s | peak MiB |", f"|{'---|' * 7}"]
+    for (spec, method), rows in runs.items():
+        perplexity = fmean(row["model"]["perplexity"] for row in rows)
+        costs = [fmean(row["cpu_seconds"] for row in rows), max(row["peak_bytes"] for row in rows) / 2**20]
+        figures = [cell(row["kl_mean"] for row in rows), f"{perplexity:.2f}", *(f"{cost:.0f}" for cost in costs)]
+        lines.append(f"| {' | '.join([spec, format(rows[0]['bits'], '.3f'), method, *figures])} |")
+    return lines
+
+
 def page() -> str:
     rivals = [row for row in compare.read_results(RESULTS / "rivals.json") if "kl" in row]
     usual = [row for row in rivals if row["calibration_windows"] in (0, row["windows"]) or row["method"] == FEW]
@@ -197,7 +228,8 @@ def page() -> str:
         parts += [f"### {name}", "", *grid(rows, _shown, lambda row: row["format"], "method and what it was shown"), ""]
     parts += [ROTATIONS, rotations.table(read("rotations.json")), CHOICE]
     mixed = read("mixed.json")
-    parts += [MIXED, *mixtures(mixed), RANKS, *ranks(mixed), ""]
+    parts += [MIXED, *mixtures(mixed), RANKS, *ranks(mixed)]
+    parts += [*trained(json.loads((RESULTS / "qat.json").read_text())), ""]
     return "\n".join(parts)
 
 
