@@ -282,7 +282,7 @@ def _multiply_few(w, x, width, y, count, start, stop):  # type: ignore[no-untype
     """Columns that fill no lanes are decoded: what lies behind them may be NaN, which no zero in x cancels."""
     tile = np.empty(w.unrolled + 2 * LANES, np.float32)
     whole = w.columns // w.unrolled * w.unrolled
-    chunks, per, source = whole // LANES, _per(w, whole // LANES), w.packed
+    chunks, per = whole // LANES, _per(w, whole // LANES)
     if w.trits:
         whole, chunks, per = w.columns, w.columns, w.group
     for r in range(start, stop):

@@ -41,7 +41,7 @@ def test_every_architecture_loads_with_the_logits_of_the_decoded_weights(
         exact = twin.double()(ids).logits.double()
         # How much a model makes of the rounding of its own products is its matter: qwen3_next's state a lot.
         nearness = 1e-5 + 8 * float((rounded - exact).abs().max())
-        assert nearness < exact.std() / 20  # or nothing would be compared
+        assert nearness < (4e-3 if name == "qwen3_next" else 1e-3)  # or nothing would be compared
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=nearness)
         loaded.save_pretrained(tmp_path / "again")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")

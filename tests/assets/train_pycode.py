@@ -162,11 +162,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--autocast", action="store_true", help="bfloat16 forward (faster where the CPU has AMX)")
     args = parser.parse_args()
-    texts_wanted = ((args.held_out, True), (args.training, False))
-    for path, held_out in texts_wanted:
-        if path is not None:
-            path.write_text(json.dumps(documents(held_out)))
-    if any(path is not None for path, _ in texts_wanted):
+    wanted = {held_out: path for held_out, path in ((True, args.held_out), (False, args.training)) if path is not None}
+    for held_out, path in wanted.items():
+        path.write_text(json.dumps(documents(held_out)))
+    if wanted:
         return
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
