@@ -210,7 +210,6 @@ class Streams:
             yield from self._of_experts(block, stage, swap, mine)
         else:
             stats = self._of_linears(block, stage, swap)
-            stats.sharing = sum(target.name in mine for target in stage.targets)
             yield from ((target, stats) for target in stage.targets if target.name in mine)
 
     @phase("statistics")

@@ -102,10 +102,11 @@ def _own(
             yield _solve(row, row.target.matrix(prepared.model.module(row.target)).detach(), None)
             continue
         stats.curvature = scales.curvature(target.name, curves.get(target.name))
+        stats.last = number == len(mine)
         weight = scales.matrix(target.name)
         with swap.resting():
             result = _solve(row, weight, stats)
-            if number == len(mine):
+            if stats.last:
                 stats.clear()  # before the block needs the room again
         yield result
 
@@ -190,7 +191,6 @@ def _scaled(scales: Scales, rows: dict[str, Row], stage: Stage, mine: Container[
     stats = next(scales.streams.statistics(scales.block, stage, scales.swap))[1]  # which all targets share
     for place in balanced:
         stats = balance(scales, place, stats, formats)
-    stats.sharing = sum(target.name in mine for target in stage.targets)
     return ((target, stats) for target in stage.targets if target.name in mine)
 
 

@@ -58,7 +58,7 @@ class Stats:
     pieces: list[tuple[Tensor, ...]] = field(default_factory=list)  # of held-out tokens
     shared: dict[float, Any] = field(default_factory=dict)  # what solvers made of the sums, for linears that share them
     share: tuple[int, int] = (0, 1)
-    sharing: int = 0  # linears still to be solved that share the sums, where that is counted
+    last: bool = False  # no other linear that shares the sums is still to be solved
 
     @classmethod
     def empty(cls, columns: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> Stats:
@@ -159,11 +159,13 @@ class Stats:
             shared={},
         )
 
-    def spent(self) -> None:
-        """One of the linears that share the sums needs cross and debt no more; when none does they are let go of."""
-        self.sharing -= 1
-        if self.sharing == 0:
-            self.cross, self.debt = self.cross.new_empty(0, 0), None
+    def spend(self) -> tuple[Tensor, Tensor | None]:
+        """cross, and debt to be written over. The last linear that shares them leaves none behind."""
+        if not self.last:
+            return self.cross, None if self.debt is None else self.debt.clone()
+        cross, debt = self.cross, self.debt
+        self.cross, self.debt = cross.new_empty(0, 0), None
+        return cross, debt
 
     def clear(self) -> None:
         """Let go of all sums, and of what was made of them, whoever still holds this."""

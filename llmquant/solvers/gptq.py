@@ -205,10 +205,9 @@ def aimed(w: Tensor, stats: Stats, felt: Metric, missed: Tensor | None) -> Tenso
     held = stats.held
     if held is None or missed is None or not w.any():  # a matrix of zeros adds nothing, and should not begin to
         return w
-    wanted = product(w, stats.cross)  # (out, in)
-    if stats.debt is not None:
-        wanted += stats.debt
-    stats.spent()
+    cross, wanted = stats.spend()
+    wanted = product(w, cross, wanted)  # (out, in)
+    del cross
     change = felt.solved(wanted)
     effect = product(held.x, change.T)
     overlap = float(torch.linalg.vecdot(effect, missed).sum(dtype=torch.float64))
