@@ -177,13 +177,14 @@ def test_a_sweep_is_that_of_trying_all_levels_of_one_element_after_the_other(spe
     h, g = definite(24, seed=1), definite(10, seed=2)
     curvature = None if width == 1 else diagonal_blocks(g, width)
     g = torch.eye(10).double() if width == 1 else block_diagonal(g, width)
-    expected, count = rounded(w, lattice), 0
-    for _ in range(2):
+    expected, counts = rounded(w, lattice), []
+    for _ in range(3):
         expected, count = one_by_one(w, expected, all_values(lattice, 10, 24), h, g, width)
+        counts.append(count)
     for block in (1, 7, 128):
-        places, changes = loops.descend(w, rounded(w, lattice), lattice, h, curvature, sweeps=2, block=block)
+        places, changes = loops.descend(w, rounded(w, lattice), lattice, h, curvature, sweeps=3, block=block)
         assert torch.equal(places, expected)
-        assert changes[1] == count
+        assert changes == counts
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,21 @@ def test_rows_that_are_not_free_stay_and_others_see_them_as_they_are() -> None:
     assert torch.equal(loops.descend(w, start, lattice, h, rows=free)[0][free], alone)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 1100), (40, None)])
+def test_what_has_moved_is_spread_alike_whether_zeros_are_passed_over_or_not(
+    share: float, start: int, stop: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    moved, near = torch.randn(ROWS, 40, generator=generator), torch.randn(40, 1500, generator=generator)
+    moved *= torch.rand(moved.shape, generator=generator) < share
+    felt = torch.randn(ROWS, 1500, generator=generator)
+    expected = felt.double()
+    expected[:, start:stop] += moved.double() @ near.double()[:, start:stop]
+    loops._spread(moved, near, felt, start, stop)
+    torch.testing.assert_close(felt.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("width", [1, 16, 300])
 def test_the_number_of_threads_does_not_change_a_bit(width: int) -> None:
@@ -254,7 +270,7 @@ def test_the_number_of_threads_does_not_change_a_bit(width: int) -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         places, errors = rounded_block(w, random_mix(1100), lattice, torch.arange(1100))
-        found.append((places, errors, loops.descend(w, places, lattice, h, curvature)[0]))
+        found.append((places, errors, loops.descend(w, places, lattice, h, curvature, sweeps=2)[0]))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 

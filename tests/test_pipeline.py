@@ -349,7 +349,7 @@ def test_a_step_that_improves_its_own_figures_and_harms_the_block_is_taken_back(
     assert all(step["kept"] == (step["error"] < step["before"]) for step in sound)
 
     def spoilt(
-        w: Tensor, aim: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, stats: Stats
+        w: Tensor, _: Tensor, __: Tensor, grid: Grid, fmt: Format, ___: Tensor, stats: Stats, *____: Any
     ) -> Solution:
         return gptq.solution(w, fmt.encode(-w, grid), grid, fmt, stats)
 

@@ -37,7 +37,8 @@ FORKS = textwrap.dedent("""
     from llmquant.recipe import Recipe
     from llmquant.solvers import loops
 
-    loops._compiled()  # once, and not in every fork
+    for loop in (loops._sweep_rows, loops.SWEEP), (loops._spread_rows, loops.SPREAD):
+        loops._compiled(*loop)  # once, and not in every fork
 
     torch.set_num_threads(1)  # so that a fork finds no threads
     stats.SLAB = 24  # so that small matrices have several

@@ -74,14 +74,19 @@ def solve(
     places, grid = from_grid(fmt.fit(aim, importance, clip=clip), ladder=ladder)
     others = [(None, clip), (None, "minmax")][: starts - 1]
     for weights, rule in others:
-        found = from_grid(fmt.fit(aim, weights, clip=rule), ladder=None)
-        places, grid = _best_rows(aim, felt.hessian, fmt, (places, grid), found)
+        other = from_grid(fmt.fit(aim, weights, clip=rule), ladder=None)
+        places, grid = _best_rows(aim, felt.hessian, fmt, (places, grid), other)
     if others:
         ladder.offer("starts", fmt.lattice(grid).codes[places.int()], grid, fmt)
-    best = replace(solution(w, ladder.codes, ladder.grid, fmt, stats), steps=tuple(ladder.steps))
+    hessian, found = felt.hessian, row_losses(w, ladder.codes, ladder.grid, fmt, stats)
+    best = Solution(ladder.codes, ladder.grid, stats.mean(found), tuple(ladder.steps))
+    if stats.last:
+        stats.shared.clear()
+        del felt, from_grid  # as large as the Hessian
     if stats.curvature is not None and rounds:
-        best = replace(best, rival=two_sided(w, aim, places, grid, fmt, felt.hessian, stats))
-    return _leaning(best, aim, fmt, felt.hessian) if lean else best
+        before = found if ladder.steps[-1].kept else None
+        best = replace(best, rival=two_sided(w, aim, places, grid, fmt, hessian, stats, before))
+    return _leaning(best, aim, fmt, hessian) if lean else best
 
 
 def _from_grid(
@@ -151,14 +156,27 @@ def _leaning(found: Solution, aim: Tensor, fmt: Format, hessian: Tensor) -> Solu
 
 
 def solution(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) -> Solution:
-    return Solution(codes, grid, stats.output_energy(fmt.decode(codes, grid).sub_(w)))
+    return Solution(codes, grid, stats.mean(row_losses(w, codes, grid, fmt, stats)))
+
+
+def row_losses(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) -> Tensor:
+    """What every row loses of its outputs (out,), summed over tokens."""
+    return row_energy(fmt.decode(codes, grid).sub_(w), stats.hessian)
 
 
 def two_sided(
-    w: Tensor, aim: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, stats: Stats
+    w: Tensor,
+    aim: Tensor,
+    places: Tensor,
+    grid: Grid,
+    fmt: Format,
+    hessian: Tensor,
+    stats: Stats,
+    before: Tensor | None = None,
 ) -> Solution:
     """What descent on tr(G D H D^T) finds, D = Q - aim, with scales as they are and G in blocks (blocks, b, b).
 
+    before: the losses of rows (out,) at `places`, where these are known.
     Source: the curvature of K-FAC (arXiv:1503.05671) as the metric of rounding, as in A. Tseng et al., "YAQA",
     arXiv:2505.22988.
     """
@@ -169,7 +187,8 @@ def two_sided(
     raised = curvature + OUTPUT_DAMP * mean * torch.eye(curvature.shape[1], device=curvature.device)
     found, _ = loops.descend(aim, places, lattice, hessian, raised, sweeps=OUTPUT_SWEEPS)
     codes, old = lattice.codes[found.int()], lattice.codes[places.int()]
-    after, before = (row_energy(fmt.decode(each, grid).sub_(w), stats.hessian) for each in (codes, old))
+    before = row_losses(w, old, grid, fmt, stats) if before is None else before
+    after = row_losses(w, codes, grid, fmt, stats)
     spent = after > ROW_LIMIT * before
     codes[spent] = old[spent]
     return Solution(codes, grid, stats.mean(torch.where(spent, before, after)))

@@ -34,6 +34,8 @@ from llmquant.solvers.algebra import TERMS, product
 ROWS_TOGETHER = 64
 BLOCK = 128  # columns whose errors are spread at once
 TINY = 2.0**-100  # in place of a curvature of zero, along which nothing is to be gained
+SPARSE = 6  # a matrix of which at most one element in so many is not zero is multiplied by these alone
+COLUMNS = 1024  # at a time of such a product: a block of as many rows stays in the second cache
 
 
 @dataclass(frozen=True)
@@ -161,20 +163,28 @@ def descend(
     error = torch.empty_like(w)  # D, its columns in the order they are visited
     for here in blocks:
         error[:, here] = rounding.columns(here).values(places[:, here], slice(None)) - w[:, order[here]]
+    felt = torch.empty_like(w) if sweeps > 1 else None  # D H: found in the first sweep, then kept up to date
     changes = []
-    for _ in range(sweeps):
+    for number in range(sweeps):
         before = places.clone()
         for here in blocks:
             own = order[here]
-            mix = (hessian[own] / diagonal[own].unsqueeze(1))[:, order].T.contiguous()  # (in, k)
-            # Afresh for each block, so that no error builds up: the objective fell sweep by sweep, in float32, with
-            # Hessians of condition 3e9.
-            steps = product(error, mix).neg_()
+            near = hessian[own][:, order]  # (k, in)
+            if felt is None or number == 0:
+                steps = product(error, near.T)
+                if felt is not None:
+                    felt[:, here] = steps
+            else:
+                steps = felt[:, here].clone()
+            steps.div_(diagonal[own]).neg_()
             steps = steps if coupling is None else _product_of_blocks(steps, coupling)
-            part, mix = rounding.columns(here), mix[here]
+            part, mix = rounding.columns(here), near[:, here] / diagonal[own]
             if stored is not None:
                 _refit(error[:, here], steps, mix, diagonal[own], part, places[:, here], free, stored)
-            error[:, here] += sweep(steps, None, mix, part, places[:, here], coupling, turns, free)
+            moved = sweep(steps, None, mix, part, places[:, here], coupling, turns, free)
+            error[:, here] += moved
+            if felt is not None:  # wherever it will be wanted again
+                _spread(moved, near, felt, 0 if number < sweeps - 1 else here.stop, here.stop if number == 0 else None)
         changes.append(int((places != before).sum()))
     return torch.empty_like(places).index_copy_(1, order, places), changes
 
@@ -235,6 +245,19 @@ def _refit(
         scale.copy_(torch.where(better, wanted, scale))  # scale + change need not be what a file can hold
         error[:, at].addcmul_(of_scale, change[:, None])
         steps.addcmul_(felt, change[:, None], value=-1)
+
+
+def _spread(moved: Tensor, near: Tensor, felt: Tensor, start: int, stop: int | None) -> None:
+    """Add moved (out, k) @ near (k, in) to the columns from start to stop of felt (out, in).
+
+    Few codes change in one sweep, and zeros are passed over where that is faster.
+    """
+    stop = felt.shape[1] if stop is None else stop
+    if felt.device.type != "cpu" or int(moved.count_nonzero()) * SPARSE > moved.numel():
+        product(moved, near[:, start:stop], felt[:, start:stop])
+    else:
+        arrays = [tensor.numpy() for tensor in (moved.contiguous(), near.contiguous(), felt)]
+        _in_threads(len(felt), partial(_compiled(_spread_rows, SPREAD), *arrays, start, stop))
 
 
 def _coupled(curvature: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -323,7 +346,8 @@ def sweep_compiled(
     tensors += [rounding.group, coupling.contiguous(), turns.contiguous(), free]
     arrays = [tensor.numpy() for tensor in tensors]
     tile = width * max(1, ROWS_TOGETHER // width)
-    _in_threads(-(-height // tile), partial(_compiled(), *arrays, rounding.step, rounding.lowest, width))
+    work = partial(_compiled(_sweep_rows, SWEEP), *arrays, rounding.step, rounding.lowest, width)
+    _in_threads(-(-height // tile), work)
     return moved
 
 
@@ -341,21 +365,36 @@ def _in_threads(pieces: int, work: Callable[[int, int], None]) -> None:
         list(pool.map(work, ends[:-1], ends[1:]))
 
 
+SWEEP = (
+    "void(float32[:,:], float32[:,:], float32[:,::1], uint8[:,:], float32[:,:], float32[:,:], float32[:,::1],"
+    "float32[:,:], float32[:,:], float32[:,:], int64[:], float32[:,:,::1], int64[:,::1], boolean[:], float32,"
+    "float32, int64, int64, int64)"
+)
+SPREAD = "void(float32[:,::1], float32[:,::1], float32[:,::1], int64, int64, int64, int64)"
+
+
 @cache
-def _compiled() -> Callable[..., None]:
+def _compiled(loop: Callable[..., None], signature: str) -> Callable[..., None]:
     import numba  # takes half a second, which who only loads a model need not wait
 
-    signature = (
-        "void(float32[:,:], float32[:,:], float32[:,::1], uint8[:,:], float32[:,:], float32[:,:], float32[:,::1],"
-        "float32[:,:], float32[:,:], float32[:,:], int64[:], float32[:,:,::1], int64[:,::1], boolean[:], float32,"
-        "float32, int64, int64, int64)"
-    )
     # Python's rule, an error for a division by zero, would keep the loops from being vectorized.
     compiler = partial(numba.njit, signature, nogil=True, error_model="numpy", fastmath={"contract"})
     try:
-        return compiler(cache=True)(_sweep_rows)
+        return compiler(cache=True)(loop)
     except RuntimeError:  # nowhere to keep it
-        return compiler()(_sweep_rows)
+        return compiler()(loop)
+
+
+def _spread_rows(moved: Array, near: Array, felt: Array, start: int, stop: int, first: int, last: int) -> None:
+    """Rows first..last of what `_spread` adds. numba compiles this."""
+    for left in range(start, stop, COLUMNS):
+        right = min(left + COLUMNS, stop)
+        for r in range(first, last):
+            for c in range(len(near)):
+                by = moved[r, c]
+                if by != 0:
+                    for j in range(left, right):
+                        felt[r, j] += by * near[c, j]
 
 
 def _sweep_rows(
