@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,19 +63,30 @@ class WeightSwap:
         Quantized weights are decoded again afterwards; originals are kept in the type of half the size that they were
         read from, where a file had them in one.
         """
-        small: dict[str, Tensor] = {}
-        for name in self._again:
-            parameter, original, quantized = self.pairs[name]
-            small[name] = _halved(original)
-            parameter.data = quantized.new_empty(0)
-            self.pairs[name] = (parameter, parameter.data, parameter.data)
+        small = {name: self._rested(name) for name in self._again}
+        give_back()
         try:
             yield
         finally:
+            give_back()
             for name, again in self._again.items():
                 parameter, _, empty = self.pairs[name]
                 parameter.data = again()
                 self.pairs[name] = (parameter, small.pop(name).to(empty.dtype), parameter.data)
+
+    def _rested(self, name: str) -> Tensor:
+        """The original of a pair, halved; of the pair itself nothing is left, and no variable holds it."""
+        parameter, original, quantized = self.pairs[name]
+        parameter.data = quantized.new_empty(0)
+        self.pairs[name] = (parameter, parameter.data, parameter.data)
+        return _halved(original)
+
+
+def give_back() -> None:
+    """Let the system have what was freed between pieces in use, which the C library of Linux keeps until it is told."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _halved(tensor: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def test_sweep_is_the_textbook_algorithm() -> None:
 
 def target(w: Tensor, stats: Stats) -> Tensor:
     assert stats.held is not None
-    return gptq.aimed(w, stats, algebra.metric(stats, 0.03), stats.held.missed(w))
+    return gptq.aimed(w, stats, 0.03, stats.held.missed(w))
 
 
 def test_target_is_what_least_squares_gives() -> None:

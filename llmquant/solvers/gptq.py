@@ -68,8 +68,8 @@ def solve(
     ladder = Ladder(w, stats.held)
     importance = stats.importance()
     ladder.offer("rounding", *fmt.quantize(w, importance, clip=clip), fmt)
+    aim = aimed(w, stats, damp, ladder.missed) if target else w
     felt = metric(stats, damp)
-    aim = aimed(w, stats, felt, ladder.missed) if target else w
     from_grid = partial(_from_grid, aim, fmt=fmt, felt=felt, rounds=rounds, exponents=exponents)
     places, grid = from_grid(fmt.fit(aim, importance, clip=clip), ladder=ladder)
     others = [(None, clip), (None, "minmax")][: starts - 1]
@@ -219,15 +219,15 @@ class Ladder:
             self.codes, self.grid, self.best = codes, grid, error
 
 
-def aimed(w: Tensor, stats: Stats, felt: Metric, missed: Tensor | None) -> Tensor:
+def aimed(w: Tensor, stats: Stats, damp: float, missed: Tensor | None) -> Tensor:
     """w + a (W* - w), with the a in [0, 1] of least loss on held-out tokens; missed (tokens, out): see Held."""
     held = stats.held
     if held is None or missed is None or not w.any():  # a matrix of zeros adds nothing, and should not begin to
         return w
     cross, wanted = stats.spend()
     wanted = product(w, cross, wanted)  # (out, in)
-    del cross
-    change = felt.solved(wanted)
+    del cross  # before there are more matrices as large as the Hessian
+    change = metric(stats, damp).solved(wanted)
     effect = product(held.x, change.T)
     overlap = float(torch.linalg.vecdot(effect, missed).sum(dtype=torch.float64))
     step = min(1.0, max(0.0, overlap / max(energy(effect), 1e-30)))
