@@ -170,13 +170,10 @@ def descend(
         for here in blocks:
             own = order[here]
             near = hessian[own][:, order]  # (k, in)
-            if felt is None or number == 0:
-                steps = product(error, near.T)
-                if felt is not None:
-                    felt[:, here] = steps
-            else:
-                steps = felt[:, here].clone()
-            steps.div_(diagonal[own]).neg_()
+            steps = product(error, near.T) if felt is None or number == 0 else felt[:, here]
+            if felt is not None and number == 0:
+                felt[:, here] = steps
+            steps = steps / -diagonal[own]
             steps = steps if coupling is None else _product_of_blocks(steps, coupling)
             part, mix = rounding.columns(here), near[:, here] / diagonal[own]
             if stored is not None:
