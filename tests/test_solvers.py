@@ -304,6 +304,27 @@ def test_same_bits_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_the_last_linear_that_shares_sums_uses_them_up_and_finds_the_same() -> None:
+    fmt, w, stats = settled("int3:g28"), weight(), calibrated()
+    lacking = inputs(2000, 48, seed=7)[0]
+    stats.debt = 0.01 * lacking.T @ inputs(2000, 112, seed=2)[0]
+    stats.pieces = [(x, x_ref, 0.01 * lacking[: len(x)]) for x, x_ref in stats.pieces]
+    stats.curvature = torch.eye(16).repeat(3, 1, 1) + 0.1
+    first = SOLVERS["gptq"](w, stats, fmt)
+    assert stats.cross.numel() == 112**2
+    stats.last = True
+    last = SOLVERS["gptq"](w, stats, fmt)
+    assert first.rival is not None
+    assert last.rival is not None
+    for a, b in ((first, last), (first.rival, last.rival)):
+        assert torch.equal(a.codes, b.codes)
+        assert torch.equal(a.grid.scale, b.grid.scale)
+        assert a.loss == b.loss
+    assert stats.cross.numel() == 0
+    assert stats.debt is None
+    assert not stats.shared
+
+
 def test_gptq_without_calibration_is_refused_in_the_plan() -> None:
     recipe = Recipe((Rule("*", "int4:g32", "gptq"),))
     with pytest.raises(PlanError, match="'gptq' needs calibration"):

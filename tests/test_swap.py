@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,12 @@ def test_what_rested_is_as_it_was(stored: torch.dtype, tmp_path: Path) -> None:
         weights = {target.name: model.module(target).get_parameter("weight") for target in (first, second)}
         originals = {name: weight.detach().clone() for name, weight in weights.items()}
         decoded = {name: fmt.decode(*fmt.quantize(original)) for name, original in originals.items()}
-        swap.put(model, first, decoded[first.name], lambda: decoded[first.name].clone())
+        swap.put(model, first, decoded[first.name].clone(), lambda: decoded[first.name].clone())
         swap.put(model, second, decoded[second.name])  # which nothing makes again
+        original, quantized = map(weakref.ref, swap.pairs[first.parameter][1:])
         with swap.resting():
+            assert quantized() is None
+            assert (original() is None) == (stored != torch.float32)
             assert weights[first.name].numel() == 0
             assert torch.equal(weights[second.name], decoded[second.name])
         for name, weight in weights.items():
