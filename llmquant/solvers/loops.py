@@ -35,7 +35,6 @@ ROWS_TOGETHER = 64
 BLOCK = 128  # columns whose errors are spread at once
 TINY = 2.0**-100  # in place of a curvature of zero, along which nothing is to be gained
 SPARSE = 6  # a matrix of which at most one element in so many is not zero is multiplied by these alone
-COLUMNS = 1024  # at a time of such a product: a block of as many rows stays in the second cache
 
 
 @dataclass(frozen=True)
@@ -384,14 +383,14 @@ def _compiled(loop: Callable[..., None], signature: str) -> Callable[..., None]:
 
 def _spread_rows(moved: Array, near: Array, felt: Array, start: int, stop: int, first: int, last: int) -> None:
     """Rows first..last of what `_spread` adds. numba compiles this."""
-    for left in range(start, stop, COLUMNS):
-        right = min(left + COLUMNS, stop)
-        for r in range(first, last):
-            for c in range(len(near)):
-                by = moved[r, c]
-                if by != 0:
-                    for j in range(left, right):
-                        felt[r, j] += by * near[c, j]
+    for r in range(first, last):
+        own = felt[r, start:stop]
+        for c in range(len(near)):
+            by = moved[r, c]
+            if by != 0:
+                along = near[c, start:stop]
+                for j in range(len(own)):
+                    own[j] += by * along[j]
 
 
 def _sweep_rows(
