@@ -14,6 +14,7 @@ from llmquant.blocks import StreamedModel
 from llmquant.matrices import Target
 
 HALVES = (torch.bfloat16, torch.float16)
+MUCH = 2**27  # bytes that rest, from which what the C library keeps is worth the time that asking for it takes
 
 
 @dataclass
@@ -64,11 +65,14 @@ class WeightSwap:
         read from, where a file had them in one.
         """
         small = {name: self._rested(name) for name in self._again}
-        give_back()
+        much = sum(tensor.nbytes for tensor in small.values()) >= MUCH
+        if much:
+            give_back()
         try:
             yield
         finally:
-            give_back()
+            if much:
+                give_back()
             for name, again in self._again.items():
                 parameter, _, empty = self.pairs[name]
                 parameter.data = again()
