@@ -106,11 +106,10 @@ def test_a_block_that_hardly_adds_anything_may_make_up_for_those_before(
     manifest = quantize(model, tmp_path / "out", "int3:g64", calibration=calibration)
     assert {tensor["key"]: tensor["error"] for tensor in manifest["tensors"]}[DOWN] > 10
 
-    def shuffle(tensors: dict[str, Tensor]) -> None:
-        packed = tensors[DOWN.replace("weight", "weight_packed")]
-        packed.copy_(packed[torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))])
+    def turn_round(tensors: dict[str, Tensor]) -> None:
+        tensors[DOWN.replace("weight", "weight_scale")].mul_(-4)
 
-    spoil(tmp_path / "out", shuffle, shard=2)
+    spoil(tmp_path / "out", turn_round, shard=2)
     trust(tmp_path / "out", DOWN.removesuffix(".weight"))
     problems = verify(tmp_path / "out", model, windows[:2]).problems
     assert len(problems) == 1
