@@ -295,10 +295,16 @@ def rounded_activations(
 
 
 def load_any(model: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model, quantized or not, on the default device, to be run."""
+    """A causal language model, quantized or not, on the default device, to be run.
+
+    Raises PlanError where transformers needs a package for it that is not there.
+    """
     transformers.utils.logging.disable_progress_bar()
     folder = locate(model)
-    loaded: PreTrainedModel = loader_of(Checkpoint(folder).config()).from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    try:
+        loaded: PreTrainedModel = loader_of(Checkpoint(folder).config()).from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except ImportError as error:  # of the packages of other quantizers
+        raise PlanError(f"{model} cannot be loaded: {error}; or give it in another form") from None
     return loaded.to(default_device()).eval()

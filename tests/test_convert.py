@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant import cli, inspection
+from llmquant import api, cli, inspection
 from llmquant.errors import CheckpointError, LlmquantError, PlanError, VerificationError
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
@@ -299,3 +299,16 @@ def test_command(gptq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
+
+
+def test_a_folder_that_transformers_needs_another_package_for_is_one_line(
+    pycode: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loader:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> None:
+            raise ImportError("Loading a GPTQ quantized model requires optimum")
+
+    monkeypatch.setattr(api, "loader_of", lambda config: Loader)
+    with pytest.raises(PlanError, match=r"pycode cannot be loaded: .* requires optimum"):
+        api.load_any(str(pycode), torch.float32)
