@@ -21,6 +21,7 @@ from llmquant.formats.base import Lattice
 from llmquant.solvers import loops
 from llmquant.solvers.algebra import inverse_factor
 from llmquant.solvers.base import Solution
+from llmquant.solvers.gptq import solution
 from llmquant.stats import Stats
 
 
@@ -38,7 +39,7 @@ def solve(
     lattice = fmt.lattice(grid)
     places = sweep(w, raised(stats.hessian, damp), alpha * stats.cross, lattice)
     codes = lattice.codes[places.int()]
-    return Solution(codes, grid, stats.output_energy(fmt.decode(codes, grid).sub_(w)))
+    return solution(w, codes, grid, fmt, stats)
 
 
 def raised(hessian: Tensor, damp: float) -> Tensor:
