@@ -1,8 +1,9 @@
 """The loops over the codes of a weight on a CPU, written in LLVM's language and compiled by numba for one format each.
 
-Eight codes at a time are cut out of the stream of bits, become levels in one of three ways and take the scale of their
-group. They are written as vectors of eight, since compilers do not find by themselves that two instructions of AVX2
-look up eight numbers in a table of sixteen. It is plain LLVM, for any processor.
+Eight codes at a time, sixteen with AVX-512, are cut out of the stream of bits, become levels in one of three ways and
+take the scale of their group. They are written as vectors, since compilers do not find by themselves that two
+instructions of AVX2 look up eight numbers in a table of sixteen, and one of AVX-512 sixteen. It is plain LLVM, for any
+processor.
 """
 
 from __future__ import annotations
@@ -11,21 +12,36 @@ from collections.abc import Callable
 from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import cfunc, config, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from llmquant_kernels.cpu_compiled import FLOAT, INTEGER, TABLE, TRITS
 
-LANES = 8
+FEATURES = {*(config.CPU_FEATURES or get_host_cpu_features()).split(",")}
+LANES = 16 if {"+avx512f", "+avx512bw", "+avx512dq", "+avx512vl"} <= FEATURES else 8  # columns at a time
+EIGHT = 8  # codes begin on a whole byte every so many
 TOGETHER = 4  # rows of the weight that share what is loaded of x
 PAIR = 2  # rows of x that share what is loaded of the weight
-SUMS = {2: 1, 4: 1, 8: 2, 16: 4, 0: 4}  # of a group of so many chunks, side by side: no addition waits for the last one
+# Of a group of so many chunks of LANES columns, side by side: no addition waits for the last one.
+SUMS = {1: 1, 2: 1, 4: 1, 8: 2, 16: 4, 0: 4}
 TRITS_A_BYTE, TRITS_TOGETHER = 5, 3
 
 BYTE, INT16, INT32, INT64, FLOAT32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 BYTES, SHORTS, INTS, FLOATS = (ir.VectorType(kind, LANES) for kind in (BYTE, INT16, INT32, FLOAT32))
+
+
+class BFloat16(ir.Type):
+    """A type of LLVM's that llvmlite does not name."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+EIGHT_FLOATS = ir.VectorType(FLOAT32, EIGHT)
 
 
 class Loop(NamedTuple):
@@ -39,17 +55,33 @@ class Loop(NamedTuple):
     exponent: int
     largest: int
     scale_width: int  # bytes
-    chunks: int = 0  # of eight columns in a group; 0 where that is told when it is called
+    chunks: int = 0  # of LANES columns in a group; 0 where that is told when it is called
     outer: bool = False  # scales have a scale
     halved: bool = False  # by micro-exponents
     zero: bool = False
     offset: bool = False
     by: int = 0  # rows of x that it multiplies by; 0: it writes what it decodes
+    size: int = 4  # bytes of what it writes, float32 or bfloat16
 
     @property
     def late(self) -> bool:
         """Whether what is the same for a whole row is left for the sum."""
         return self.by > 0 and not (self.zero or self.offset)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether floating-point levels come from a table: where it fits a register."""
+        return self.way == FLOAT and self.bits <= 4 and LANES == 16
+
+    @property
+    def in_words(self) -> bool:
+        """Whether codes are read into lanes of 32 bits, not 16."""
+        return self.bits <= 4 and (self.way != FLOAT or self.looked_up)
+
+    @property
+    def floats(self) -> Any:
+        """The vector of a chunk of levels. Bytes of five digits are multiplied in lanes of eight."""
+        return EIGHT_FLOATS if self.way == TRITS and self.by else FLOATS
 
 
 class Given(NamedTuple):
@@ -68,7 +100,7 @@ class Given(NamedTuple):
     offset: Any
     offset_step: Any
     micro: Any
-    chunks: Any  # of eight columns; of one, where trits are multiplied
+    chunks: Any  # of LANES columns; of one, where trits are multiplied
     per: Any  # of these in a group
 
 
@@ -88,6 +120,8 @@ def loop(kind: Loop) -> Any:
     def run(at):  # type: ignore[no-untyped-def]
         _run_over_codes(text, at)
 
+    # numba keeps an index for each name. Two processes that write into one may give a loop the code of another.
+    run.__qualname__ = "_".join(["run", *text.split()])
     return kept_on_disk(partial(cfunc, types.void(types.intp)), run)
 
 
@@ -140,18 +174,23 @@ def _long(number: int) -> Any:
 
 
 def _constant(numbers: Any, kind: Any = INTS) -> Any:
-    return ir.Constant(kind, numbers if isinstance(numbers, list) else [numbers] * LANES)
+    return ir.Constant(kind, numbers if isinstance(numbers, list) else [numbers] * kind.count)
 
 
 def _splat(b: Any, number: Any, kind: Any = FLOATS) -> Any:
     first = b.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(INT32, 0))
-    return b.shuffle_vector(first, first, _constant(0))
+    return _shuffle(b, first, first, [0] * kind.count)
+
+
+def _shuffle(b: Any, x: Any, y: Any, places: list[int]) -> Any:
+    """Elements of x, and after them y, as one vector."""
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT32, len(places)), places))
 
 
 def _each(b: Any, kind: Any, lane: Callable[[Any], Any]) -> Any:
     """The vector of lane(0), lane(1), .., each called with the lane's number as LLVM has it."""
     vector = ir.Constant(kind, ir.Undefined)
-    for i in range(LANES):
+    for i in range(kind.count):
         place = ir.Constant(INT32, i)
         vector = b.insert_element(vector, lane(place), place)
     return vector
@@ -162,58 +201,55 @@ def _fused(b: Any, x: Any, y: Any, z: Any) -> Any:
     return b.fadd(b.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
-def _sum(b: Any, eight: Any) -> Any:
-    width = LANES
+def _sum(b: Any, vector: Any) -> Any:
+    width = vector.type.count
     while width > 1:
         width //= 2
-        halves = (ir.Constant(ir.VectorType(INT32, width), [*range(first, first + width)]) for first in (0, width))
-        low, high = (b.shuffle_vector(eight, eight, half) for half in halves)
-        eight = b.fadd(low, high)
-    return b.extract_element(eight, ir.Constant(INT32, 0))
+        low, high = (_shuffle(b, vector, vector, [*range(first, first + width)]) for first in (0, width))
+        vector = b.fadd(low, high)
+    return b.extract_element(vector, ir.Constant(INT32, 0))
 
 
-# ---- where codes come from: a function of an address that gives eight, each in the upper bits of its lane
+# ---- where codes come from: a function of an address that gives LANES of them, each in the upper bits of its lane
 
 
 def _reading(b: Any, kind: Loop) -> Callable[[Any], Any]:
-    bits = kind.bits
+    bits, eights = kind.bits, range(LANES // EIGHT)
     if kind.way == TRITS:  # levels, which lie there already
         return lambda at: _load(b, at, FLOATS)
-    if bits <= 4 and kind.way != FLOAT:  # in one word, which goes to every lane of 32 bits
-        shift = _constant([32 - bits * (lane + 1) for lane in range(LANES)])
-        return lambda at: b.shl(_splat(b, _load(b, at, INT32), INTS), shift)
+    if kind.in_words:  # of eight codes, which goes to eight lanes
+        shift = _constant([32 - bits * (lane % EIGHT + 1) for lane in range(LANES)])
+
+        def read_words(at: Any) -> Any:
+            words = [_splat(b, _load(b, at, INT32, _long(bits * i)), INTS) for i in eights]
+            return b.shl(_shuffle(b, words[0], words[-1], _halves()), shift)
+
+        return read_words
+    if bits == 8:
+        return lambda at: b.shl(b.zext(_load(b, at, BYTES), SHORTS), _constant(8, SHORTS))
     # Each lies in two bytes, which go to a lane of 16 bits.
-    starts = [divmod(bits * lane, 8) for lane in range(LANES)]
-    places = [place + i for place, _ in starts for i in (0, 1)]
-    pairs = ir.Constant(ir.VectorType(INT32, 2 * LANES), [min(place, 7) for place in places])
-    shift = _constant([16 - bits - late for _, late in starts], SHORTS)
+    starts = [divmod(bits * lane, 8) for lane in range(EIGHT)]
+    pairs = [EIGHT * i + min(place + j, 7) for i in eights for place, _ in starts for j in (0, 1)]
+    shift = _constant([16 - bits - late for _ in eights for _, late in starts], SHORTS)
 
-    def read(at: Any) -> Any:
-        eight = _load(b, at, BYTES)
-        if bits == 8:
-            return b.shl(b.zext(eight, SHORTS), shift)
-        return b.shl(b.bitcast(b.shuffle_vector(eight, eight, pairs), SHORTS), shift)
+    def read_bytes(at: Any) -> Any:
+        loaded = [_load(b, at, ir.VectorType(BYTE, EIGHT), _long(bits * i)) for i in eights]
+        return b.shl(b.bitcast(_shuffle(b, loaded[0], loaded[-1], pairs), SHORTS), shift)
 
-    return read
+    return read_bytes
 
 
-# ---- what codes become: a function of what the former gives, eight levels, float32
+def _halves() -> list[int]:
+    """Where the lower lanes of one vector and the upper ones of another are, the same one where it has eight lanes."""
+    return [lane + (LANES if lane >= EIGHT else 0) for lane in range(LANES)]
+
+
+# ---- what codes become: a function of what the former gives, LANES levels, float32
 
 
 def _from_table(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
-    """Of up to sixteen levels, eight in each of two registers; of more, one by one."""
-    halves = [_load(b, table, FLOATS, _long(offset)) for offset in (0, 32)]
-
-    def element(half: Any, places: Any, lane: Any) -> Any:
-        return b.extract_element(half, b.extract_element(places, lane))
-
-    def of_eight(codes: Any) -> Any:
-        return _each(b, FLOATS, partial(element, halves[0], b.lshr(codes, _constant(32 - kind.bits))))
-
-    def of_sixteen(codes: Any) -> Any:
-        places = b.and_(b.lshr(codes, _constant(28)), _constant(7))
-        first, second = (_each(b, FLOATS, partial(element, half, places)) for half in halves)
-        return b.select(b.icmp_signed("<", codes, _constant(0)), second, first)
+    """Of up to sixteen levels, which fill one register or two; of more, one by one."""
+    registers = [_load(b, table, FLOATS, _long(4 * first)) for first in range(0, 16, LANES)]
 
     def of_many(codes: Any) -> Any:
         places = b.lshr(codes, _constant(16 - kind.bits, SHORTS))
@@ -223,17 +259,30 @@ def _from_table(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
 
         return _each(b, FLOATS, lane)
 
-    return of_eight if kind.bits < 4 else of_sixteen if kind.bits == 4 else of_many
+    return of_many if kind.bits > 4 else lambda codes: _looked_up(b, kind.bits, registers, codes)
+
+
+def _looked_up(b: Any, bits: int, registers: list[Any], codes: Any) -> Any:
+    """For each code of up to four bits what the registers hold there."""
+
+    def element(register: Any, places: Any, lane: Any) -> Any:
+        return b.extract_element(register, b.extract_element(places, lane))
+
+    if len(registers) == 1 or bits < 4:
+        return _each(b, FLOATS, partial(element, registers[0], b.lshr(codes, _constant(32 - bits))))
+    places = b.and_(b.lshr(codes, _constant(28)), _constant(7))
+    first, second = (_each(b, FLOATS, partial(element, register, places)) for register in registers)
+    return b.select(b.icmp_signed("<", codes, _constant(0)), second, first)
 
 
 def _as_integer(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
     """Two's complement or without a sign, less `least`."""
-    vector = INTS if kind.bits <= 4 else SHORTS
+    vector = INTS if kind.in_words else SHORTS
     down = _constant(vector.element.width - kind.bits, vector)
 
     def level(codes: Any) -> Any:
         size = b.ashr(codes, down) if kind.sign else b.lshr(codes, down)
-        if kind.bits > 4:
+        if not kind.in_words:
             size = b.sext(size, INTS) if kind.sign else b.zext(size, INTS)
         return b.sitofp(b.sub(size, _constant(kind.least)) if kind.least else size, FLOATS)
 
@@ -242,6 +291,9 @@ def _as_integer(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
 
 def _as_float(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
     """Sign | exponent | mantissa, as the upper bits of half precision, which processors convert, subnormal or not."""
+    if kind.looked_up:
+        levels = _constant(_floats(kind), FLOATS)
+        return lambda codes: _looked_up(b, kind.bits, [levels], codes)
     exponents, down, greatest = (kind.bits - 1 - kind.mantissa, 10 - kind.mantissa, kind.sign - 1)
 
     def level(codes: Any) -> Any:
@@ -258,6 +310,17 @@ def _as_float(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
         return b.fadd(value, _constant(0.0, FLOATS)) if kind.least else value
 
     return level
+
+
+def _floats(kind: Loop) -> list[float]:
+    """What `_as_float` makes of each code, as often as it takes to fill a register."""
+    codes = np.arange(2**kind.bits)
+    size = codes % kind.sign
+    bits = size << (10 - kind.mantissa) | (codes & kind.sign) << (16 - kind.bits)
+    values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
+    if not kind.late:
+        values = values * 2.0**kind.exponent + (0.0 if kind.least else -0.0)
+    return np.resize(np.where(size > kind.largest, np.nan, values), LANES).tolist()
 
 
 def _as_it_is(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
@@ -295,7 +358,8 @@ def _within(b: Any, given: Given, first: Any, per: Any) -> Any:
 
 def _decoded(b: Any, kind: Loop, given: Given) -> None:
     read, level = _reading(b, kind), LEVELS[kind.way](b, kind, given.table)
-    width, per = (_long(32 if kind.way == TRITS else kind.bits), _long(kind.chunks) if kind.chunks else given.per)
+    width = _long(4 * LANES if kind.way == TRITS else kind.bits * LANES // 8)
+    per = _long(kind.chunks) if kind.chunks else given.per
     with _groups(b, given, per) as group:
         first, grid = b.mul(group.index, per), _grid(b, kind, given, group.index)
 
@@ -304,7 +368,8 @@ def _decoded(b: Any, kind: Loop, given: Given) -> None:
             value = level(read(b.add(given.source, b.mul(i, width))))
             value = b.fmul(_placed(b, kind, grid, value, place), grid.scale)
             value = value if grid.offset is None else b.fadd(value, grid.offset)
-            _store(b, value, given.target, b.shl(i, _long(5)))
+            value = value if kind.size == 4 else _rounded(b, value)
+            _store(b, value, given.target, b.mul(i, _long(kind.size * LANES)))
 
         if kind.chunks:
             for place in range(kind.chunks):
@@ -314,20 +379,21 @@ def _decoded(b: Any, kind: Loop, given: Given) -> None:
 
 
 def _multiplied(b: Any, kind: Loop, given: Given) -> list[Any]:
-    """For each row of x eight sums of levels times x. Of a group these are added up first, and then take its scale."""
+    """For each row of x a vector of sums of levels times x. Those of a group are added up, and then take its scale."""
     read, level = _reading(b, kind), LEVELS[kind.way](b, kind, given.table)
     per, together = (_long(kind.chunks) if kind.chunks else given.per, max(1, SUMS[kind.chunks] // kind.by))
-    totals, rows = _Sums(b, kind.by), _rows(b, kind, given)
+    totals, rows = _Sums(b, kind, kind.by), _rows(b, kind, given)
+    width = _long(kind.bits * LANES // 8)
     with _groups(b, given, per) as group:
         first, grid = b.mul(group.index, per), _grid(b, kind, given, group.index)
-        sums = [_Sums(b, together) for _ in rows]
-        shifts = [_Sums(b, together) for _ in rows] if kind.offset else []
+        sums = [_Sums(b, kind, together) for _ in rows]
+        shifts = [_Sums(b, kind, together) for _ in rows] if kind.offset else []
 
         def one(chunk: Any, place: int) -> None:
             i, own = b.add(first, chunk), place % together
-            value = _placed(b, kind, grid, level(read(b.add(given.source, b.mul(i, _long(kind.bits))))), place)
+            value = _placed(b, kind, grid, level(read(b.add(given.source, b.mul(i, width)))), place)
             for j, row in enumerate(rows):
-                x = _load(b, row, FLOATS, b.shl(i, _long(5)))
+                x = _load(b, row, FLOATS, b.mul(i, _long(4 * LANES)))
                 sums[j].add(own, value, x)
                 if shifts:
                     shifts[j].add(own, _constant(1.0, FLOATS), x)
@@ -351,27 +417,27 @@ def _multiplied_trits(b: Any, kind: Loop, given: Given) -> list[Any]:
     its own digits.
     """
     together = max(1, TRITS_TOGETHER // kind.by)
-    totals, rows, lanes = _Sums(b, kind.by), _rows(b, kind, given), _constant([*range(LANES)])
-    flags = ir.VectorType(ir.IntType(1), LANES)
+    ints, flags = (ir.VectorType(element, EIGHT) for element in (INT32, ir.IntType(1)))
+    totals, rows, lanes = _Sums(b, kind, kind.by), _rows(b, kind, given), _constant([*range(EIGHT)], ints)
     with _groups(b, given, given.per) as group:
         start = b.mul(group.index, given.per)
         stop = b.add(start, _within(b, given, start, given.per))
         first, last = b.udiv(start, _long(TRITS_A_BYTE)), b.udiv(b.sub(stop, _long(1)), _long(TRITS_A_BYTE))
-        sums = [_Sums(b, together) for _ in rows]
+        sums = [_Sums(b, kind, together) for _ in rows]
 
         def digits(i: Any) -> Any:
             code = b.zext(_load(b, given.source, BYTE, i), INT64)
-            return _load(b, given.table, FLOATS, b.shl(code, _long(5)))
+            return _load(b, given.table, kind.floats, b.shl(code, _long(5)))
 
         def add(i: Any, own: int, value: Any) -> None:
             for j, row in enumerate(rows):
-                sums[j].add(own, value, _load(b, row, FLOATS, b.mul(i, _long(4 * TRITS_A_BYTE))))
+                sums[j].add(own, value, _load(b, row, kind.floats, b.mul(i, _long(4 * TRITS_A_BYTE))))
 
         def shared(i: Any, counts: Any) -> None:
-            column = b.add(_splat(b, b.trunc(b.mul(i, _long(TRITS_A_BYTE)), INT32), INTS), lanes)
-            low, high = (_splat(b, b.trunc(end, INT32), INTS) for end in (start, stop))
+            column = b.add(_splat(b, b.trunc(b.mul(i, _long(TRITS_A_BYTE)), INT32), ints), lanes)
+            low, high = (_splat(b, b.trunc(end, INT32), ints) for end in (start, stop))
             inside = b.and_(b.icmp_signed(">=", column, low), b.icmp_signed("<", column, high))
-            add(i, 0, b.select(b.and_(inside, counts), digits(i), _constant(0.0, FLOATS)))
+            add(i, 0, b.select(b.and_(inside, counts), digits(i), _constant(0.0, kind.floats)))
 
         def one(step: Any, place: int) -> None:
             i = b.add(first, b.add(step, _long(1)))
@@ -392,12 +458,12 @@ def _rows(b: Any, kind: Loop, given: Given) -> list[Any]:
 
 
 class _Sums:
-    """Vectors of eight sums, which are zeros each time that the place in the code is passed where they are made."""
+    """Vectors of sums, which are zeros each time that the place in the code is passed where they are made."""
 
-    def __init__(self, b: Any, count: int) -> None:
-        self.b, self.places = b, [cgutils.alloca_once(b, FLOATS) for _ in range(count)]
+    def __init__(self, b: Any, kind: Loop, count: int) -> None:
+        self.b, self.places = b, [cgutils.alloca_once(b, kind.floats) for _ in range(count)]
         for place in self.places:
-            b.store(_constant(0.0, FLOATS), place)
+            b.store(_constant(0.0, kind.floats), place)
 
     def add(self, number: int, x: Any, y: Any) -> None:
         """x * y to one of them."""
@@ -447,15 +513,15 @@ def _grid(b: Any, kind: Loop, given: Given, g: Any) -> Grid:
         offset = _splat(b, _load(b, given.offset, FLOAT32, b.mul(g, given.offset_step)))
     if kind.halved:
         micro = _splat(b, b.zext(_load(b, given.micro, BYTE, g), INT32), INTS)
-    return Grid(_splat(b, scale), zero, offset, micro)
+    return Grid(_splat(b, scale, kind.floats), zero, offset, micro)
 
 
 def _placed(b: Any, kind: Loop, grid: Grid, value: Any, place: int) -> Any:
-    """Eight levels, the place-th of a group, less its zero, or halved."""
+    """A chunk of levels, the place-th of a group, less its zero, or halved."""
     if grid.zero is not None:
         value = b.fsub(value, grid.zero)
     if grid.micro is not None:
-        bits = b.shl(grid.micro, _constant([31 - 4 * place - lane // 2 for lane in range(LANES)]))
+        bits = b.shl(grid.micro, _constant([31 - (LANES * place + lane) // 2 for lane in range(LANES)]))
         halves = b.icmp_signed("<", bits, _constant(0))
         value = b.fmul(value, b.select(halves, _constant(0.5, FLOATS), _constant(1.0, FLOATS)))
     return value
@@ -476,14 +542,14 @@ def _products(pair: int) -> Any:
     def run(b: Any, tile: Any, tile_stride: Any, x: Any, x_stride: Any, y: Any, y_stride: Any, chunks: Any) -> None:
         """(address and bytes from row to row of: TOGETHER rows of the weight, `pair` rows of x, products; chunks)
 
-        Products are added to what is there. Each is the sum of the same eight sums whatever `pair` is.
+        Products are added to what is there. Each is the sum of the same LANES sums whatever `pair` is.
         """
         places = [(i, j) for i in range(TOGETHER) for j in range(pair)]
         sums = {place: cgutils.alloca_once_value(b, _constant(0.0, FLOATS)) for place in places}
         rows = [b.add(tile, b.mul(tile_stride, _long(i))) for i in range(TOGETHER)]
         others = [b.add(x, b.mul(x_stride, _long(j))) for j in range(pair)]
         with cgutils.for_range(b, chunks) as step:
-            offset = b.shl(step.index, _long(5))
+            offset = b.mul(step.index, _long(4 * LANES))
             own, other = ([_load(b, at, FLOATS, offset) for at in addresses] for addresses in (rows, others))
             for i, j in places:
                 b.store(_fused(b, own[i], other[j], b.load(sums[i, j])), sums[i, j])
@@ -499,7 +565,7 @@ products_of_one, products_of_pair = _products(1), _products(PAIR)
 
 @_written
 def add_products(b: Any, tile: Any, x: Any, y: Any) -> None:
-    """(addresses of eight numbers, of eight others, and of the number that the sum of their products is added to)"""
+    """(addresses of LANES numbers, of as many, and of the number that the sum of their products is added to)"""
     total = _sum(b, b.fmul(_load(b, tile, FLOATS), _load(b, x, FLOATS)))
     _store(b, b.fadd(_load(b, y, FLOAT32), total), y)
 
@@ -513,18 +579,24 @@ def copy(b: Any, target: Any, source: Any, count: Any) -> None:
 @_written
 def copy_eight(b: Any, target: Any, source: Any) -> None:
     """(to address, from address), eight float32"""
-    _store(b, _load(b, source, FLOATS), target)
+    _store(b, _load(b, source, EIGHT_FLOATS), target)
 
 
 @_written
-def round_eight(b: Any, target: Any, source: Any) -> None:
-    """(to address, from address), eight float32 to bfloat16"""
-    value = _load(b, source, FLOATS)
+def round_chunk(b: Any, target: Any, source: Any) -> None:
+    """(to address, from address), LANES float32 to bfloat16"""
+    _store(b, _rounded(b, _load(b, source, FLOATS)), target)
+
+
+def _rounded(b: Any, value: Any) -> Any:
+    """To bfloat16, as its bits. The instruction takes what is below 1e-38 for zero, as that of products does."""
+    if "+avx512bf16" in FEATURES:
+        return b.bitcast(b.fptrunc(value, ir.VectorType(BFloat16(), LANES)), SHORTS)
     bits = b.bitcast(value, INTS)
     odd = b.and_(b.lshr(bits, _constant(16)), _constant(1))
     rounded = b.add(bits, b.add(odd, _constant(0x7FFF)))
     rounded = b.select(b.fcmp_unordered("uno", value, value), _constant(0x7FC00000), rounded)
-    _store(b, b.trunc(b.lshr(rounded, _constant(16)), SHORTS), target)
+    return b.trunc(b.lshr(rounded, _constant(16)), SHORTS)
 
 
 def _reader(kind: Any, known: Any) -> Any:
@@ -541,3 +613,21 @@ def _reader(kind: Any, known: Any) -> Any:
 
 
 float_at, byte_at = _reader(FLOAT32, types.float32), _reader(BYTE, types.uint8)
+
+
+@intrinsic
+def take(context, address, count):  # type: ignore[no-untyped-def]
+    """Add `count` to the number at an address and give what was there: no two threads are given the same."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.atomic_rmw("add", _at(b, args[0], INT64), args[1], "monotonic")
+
+    return types.int64(types.intp, types.int64), generate
+
+
+@intrinsic
+def pointer_to(context, address):  # type: ignore[no-untyped-def]
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _at(b, args[0], BYTE)
+
+    return types.voidptr(types.intp), generate

@@ -9,29 +9,30 @@ kept on disk.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import os
+from array import array
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, cfunc, njit, types
 from torch import Tensor
 from torch.nn import functional
 
 from llmquant import cpu_llvm
-from llmquant.cpu_llvm import LANES, PAIR, SUMS, TOGETHER, Loop, byte_at, call, float_at
+from llmquant.cpu_llvm import EIGHT, LANES, PAIR, SUMS, TOGETHER, Loop, byte_at, call, float_at, pointer_to, take
 from llmquant_kernels.cpu_compiled import TRITS, Encoded
 
 # Columns that are decoded at a time: with those of x they stay in the first cache. A whole number of lanes.
 COLUMNS = 1280
 FEW = 8  # rows of x up to which the weight is decoded for each four, or two, or one, of them
 # Multiplications below which another thread costs more than it gains.
-LEAST_WORK = 2**18
+LEAST_WORK = 2**16
+TURNS = 4  # runs of rows that each thread takes, for none to wait long for one that something disturbs
 NEUTRAL = torch.tensor([1.0, 0.0, -0.0])  # a scale, a zero and an offset that change nothing
 
 
@@ -65,32 +66,54 @@ class Weight(NamedTuple):
     bits: int
     group: int
     trits: bool
-    apart: bool  # groups end within eight columns: levels are written first, then multiplied by scales
-    decoding: int  # addresses of loops
+    apart: bool  # groups end within LANES columns: levels are written first, then multiplied by scales
+    decoding: int  # addresses of loops, to float32
+    rounding: int  # to bfloat16
     by_one: int  # that multiply by so many rows of x; 0: there is none
     by_two: int
     by_four: int
     unrolled: int  # columns that these take at a time
 
 
-def multiply(weight: Weight, x: Tensor) -> Tensor:
+class Task(NamedTuple):
+    """What threads do together. Each takes `step` rows of the weight, and more until there are none."""
+
+    next: int  # the first row that nobody has taken
+    stop: int
+    step: int
+    weight: int  # address of a Weight
+    x: int  # address of what is multiplied, 0 where the weight is decoded
+    width: int  # columns of x
+    y: int  # address of what is written
+    first: int  # the row of the weight that comes first there
+    size: int  # rows of x, or bytes of a decoded number
+
+
+class Ready(NamedTuple):
+    fields: array[int]  # a Weight, as the compiled loops read it
+    rows: int
+    columns: int
+    trits: bool
+
+
+def multiply(weight: Ready, x: Tensor) -> Tensor:
     """x (rows, in) float32, contiguous -> (rows, out) float32."""
     count, columns = x.shape
-    x = functional.pad(x, (0, -columns % LANES + LANES))  # trits read behind it
+    if not count:  # which has no address
+        return x.new_empty(0, weight.rows)
+    if columns % LANES or weight.trits:  # what is read behind a row
+        x = functional.pad(x, (0, -columns % LANES + LANES))
     y = torch.zeros(-(-weight.rows // TOGETHER) * TOGETHER, count)
-    _in_threads(
-        0, weight.rows, columns * count, partial(_multiply_rows, weight, x.data_ptr(), x.shape[1], y.data_ptr(), count)
-    )
+    _in_threads(weight, 0, weight.rows, columns * count, x.data_ptr(), x.shape[1], y.data_ptr(), count)
     return y[: weight.rows].t().contiguous()
 
 
-def decode(weight: Weight, start: int, out: Tensor) -> None:
+def decode(weight: Ready, start: int, out: Tensor) -> None:
     """Write the rows of the weight from `start` on to out (rows, in), float32 or bfloat16, contiguous."""
-    work = partial(_decode_rows, weight, out.data_ptr(), out.element_size(), start)
-    _in_threads(start, start + len(out), weight.columns, work)
+    _in_threads(weight, start, start + len(out), weight.columns, 0, 0, out.data_ptr(), out.element_size())
 
 
-def prepare(weight: Encoded) -> Weight:
+def prepare(weight: Encoded) -> Ready:
     """Where its tensors lie: it does not keep them."""
     rows, columns = weight.shape
     stride, groups = weight.packed.shape[1], -(-columns // weight.group)
@@ -120,7 +143,7 @@ def prepare(weight: Encoded) -> Weight:
     def place(grid: Tensor, neutral: int) -> int:
         return grid.data_ptr() if grid.numel() else NEUTRAL[neutral:].data_ptr()
 
-    return Weight(
+    fields = Weight(
         packed=weight.packed.data_ptr(),
         tail=weight.tail.data_ptr(),
         table=weight.table.data_ptr(),
@@ -150,37 +173,43 @@ def prepare(weight: Encoded) -> Weight:
         trits=trits,
         apart=apart,
         decoding=cpu_llvm.loop(kind).address,
+        rounding=cpu_llvm.loop(kind._replace(size=2)).address,
         by_one=cpu_llvm.loop(product._replace(by=1)).address if served else 0,
         by_two=cpu_llvm.loop(product._replace(by=2)).address if served else 0,
         by_four=cpu_llvm.loop(product._replace(by=4)).address if served else 0,
         unrolled=max(1, chunks) * LANES,
     )
+    return Ready(array("q", fields), rows, columns, trits)
+
+
+def _in_threads(weight: Ready, start: int, stop: int, each: int, x: int, width: int, y: int, count: int) -> None:
+    """A Task for as many threads as torch may use; each: multiplications of a row."""
+    threads = max(1, min(torch.get_num_threads(), (stop - start) * each // LEAST_WORK, (stop - start) // TOGETHER))
+    step = -(-(stop - start) // (threads * TURNS * TOGETHER)) * TOGETHER if threads > 1 else stop - start
+    task = array("q", Task(start, stop, step, weight.fields.buffer_info()[0], x, width, y, start, count))
+    if threads > 1:
+        _team()(_share.address, task.buffer_info()[0], threads, 0)
+    else:
+        _share.ctypes(task.buffer_info()[0])
 
 
 @cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """process: a fork has none of the threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="llmquant")
+def _team() -> Callable[[int, int, int, int], None]:
+    """(function, its argument, threads, 0): call it in each of torch's own threads, which wait for work awake.
 
-
-def _in_threads(start: int, stop: int, each: int, work: Callable[[int, int], None]) -> None:
-    """Call work(first, last) for as many runs of rows as torch may use threads; each: multiplications of a row."""
-    threads = max(1, min(torch.get_num_threads(), (stop - start) * each // LEAST_WORK, (stop - start) // TOGETHER))
-    if threads == 1:
-        return work(start, stop)
-    step = -(-(stop - start) // (threads * TOGETHER)) * TOGETHER
-    firsts = range(start, stop, step)
-    pool = _pool(threads - 1, os.getpid())
-    others = [pool.submit(work, first, min(first + step, stop)) for first in firsts[1:]]
-    work(start, min(start + step, stop))
-    for other in others:
-        other.result()
+    It is what compilers call for a parallel region of OpenMP.
+    """
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
+    parallel = library.GOMP_parallel
+    parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
 
 
 # ---- compiled
 
 
-_compiled = partial(njit, nogil=True, error_model="numpy")
+WEIGHT, TASK = (np.dtype([(name, np.int64) for name in kind._fields]) for kind in (Weight, Task))
+_compiled = partial(njit, error_model="numpy")
 
 
 @_compiled(inline="always")
@@ -207,7 +236,7 @@ def _end_of_tile(w, first):  # type: ignore[no-untyped-def]
 @_compiled(inline="always")
 def _source_of(w, r, first):  # type: ignore[no-untyped-def]
     row = w.tail + (r - w.spared) * w.stride if r >= w.spared else w.packed + r * w.stride
-    return row + first // 8 * w.bits
+    return row + first // EIGHT * w.bits
 
 
 @_compiled(inline="always")
@@ -226,7 +255,7 @@ def _run(w, loop, source, r, first, chunks, per, target, x, x_stride):  # type: 
 
 @_compiled(inline="always")
 def _per(w, chunks):  # type: ignore[no-untyped-def]
-    """How many eights make a group."""
+    """How many chunks make a group."""
     return chunks if w.groups == 1 else w.group // LANES
 
 
@@ -265,15 +294,20 @@ def _decode(w, out, size, origin, start, stop):  # type: ignore[no-untyped-def]
     """Rows [start, stop) to `out`, in numbers of `size` bytes, whose first row is row `origin`."""
     tile = np.empty(COLUMNS + 2 * LANES, np.float32)
     source = _address_of(tile)
+    chunks = 0 if w.apart or w.trits else w.columns // LANES
+    loop = w.rounding if size == 2 else w.decoding
     for r in range(start, stop):
-        first = 0
+        row = out + size * (r - origin) * w.columns
+        if chunks:
+            _run(w, loop, _source_of(w, r, 0), r, 0, chunks, _per(w, chunks), row, 0, 0)
+        first = chunks * LANES
         while first < w.columns:
             last = _end_of_tile(w, first)
             _decode_tile(w, r, first, last, tile)
             if size == 2:
                 for c in range((last - first + LANES - 1) // LANES):
-                    cpu_llvm.round_eight((source + 16 * c, source + 32 * c))
-            cpu_llvm.copy((out + size * ((r - origin) * w.columns + first), source, size * (last - first)))
+                    cpu_llvm.round_chunk((source + 2 * LANES * c, source + 4 * LANES * c))
+            cpu_llvm.copy((row + size * first, source, size * (last - first)))
             first = last
 
 
@@ -331,18 +365,23 @@ def _multiply(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-de
             first = last
 
 
-def _entries(version: str) -> tuple[Any, Any]:
+def _entry(version: str) -> Any:
     """What is called from here. numba compiles again where this file changes; `version` is for the other one."""
 
-    def decoding(w, out, size, origin, start, stop):  # type: ignore[no-untyped-def]
+    def share(at):  # type: ignore[no-untyped-def]
         assert version
-        _decode(w, out, size, origin, start, stop)
+        task = carray(pointer_to(at), 1, TASK)[0]
+        w = carray(pointer_to(task.weight), 1, WEIGHT)[0]
+        start = take(at, task.step)
+        while start < task.stop:
+            stop = min(start + task.step, task.stop)
+            if task.x:
+                _multiply(w, task.x, task.width, task.y, task.size, start, stop)
+            else:
+                _decode(w, task.y, task.size, task.first, start, stop)
+            start = take(at, task.step)
 
-    def multiplying(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-def]
-        assert version
-        _multiply(w, x, width, y, count, start, stop)
-
-    return cpu_llvm.kept_on_disk(_compiled, decoding), cpu_llvm.kept_on_disk(_compiled, multiplying)
+    return cpu_llvm.kept_on_disk(partial(cfunc, types.void(types.intp)), share)
 
 
-_decode_rows, _multiply_rows = _entries(hashlib.sha256(Path(cpu_llvm.__file__).read_bytes()).hexdigest())
+_share = _entry(hashlib.sha256(Path(cpu_llvm.__file__).read_bytes()).hexdigest())
