@@ -13,7 +13,7 @@ from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import cfunc, config, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
@@ -24,10 +24,14 @@ from llmquant_kernels.cpu_compiled import FLOAT, INTEGER, TABLE, TRITS
 FEATURES = {*(config.CPU_FEATURES or get_host_cpu_features()).split(",")}
 LANES = 16 if {"+avx512f", "+avx512bw", "+avx512dq", "+avx512vl"} <= FEATURES else 8  # columns at a time
 EIGHT = 8  # codes begin on a whole byte every so many
+# Whether pairs of bfloat16 are multiplied and added up in one instruction. LLVM took other types for it before 17.
+DOTS = LANES == 16 and "+avx512bf16" in FEATURES and binding.llvm_version_info[0] >= 17
 TOGETHER = 4  # rows of the weight that share what is loaded of x
-PAIR = 2  # rows of x that share what is loaded of the weight
+SHARED = LANES // 4  # rows of x that share what is loaded of the weight, as many as there are registers for
 # Of a group of so many chunks of LANES columns, side by side: no addition waits for the last one.
 SUMS = {1: 1, 2: 1, 4: 1, 8: 2, 16: 4, 0: 4}
+CHAINS = 8  # sums of products of pairs side by side: an addition takes so many cycles, or less
+LINE = 64  # bytes that a cache loads at a time
 TRITS_A_BYTE, TRITS_TOGETHER = 5, 3
 
 BYTE, INT16, INT32, INT64, FLOAT32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
@@ -41,6 +45,7 @@ class BFloat16(ir.Type):
         return "bfloat"
 
 
+PAIRS = ir.VectorType(BFloat16(), 2 * LANES)
 EIGHT_FLOATS = ir.VectorType(FLOAT32, EIGHT)
 
 
@@ -61,12 +66,24 @@ class Loop(NamedTuple):
     zero: bool = False
     offset: bool = False
     by: int = 0  # rows of x that it multiplies by; 0: it writes what it decodes
-    size: int = 4  # bytes of what it writes, float32 or bfloat16
+    size: int = 4  # bytes of a number of x, or of what is written: float32 or bfloat16
+    pairs: int = (
+        0  # with bfloat16, where DOTS: how many groups two chunks lie in, which are read as one; 0: it reads one
+    )
 
     @property
     def late(self) -> bool:
         """Whether what is the same for a whole row is left for the sum."""
-        return self.by > 0 and not (self.zero or self.offset)
+        return self.by > 0 and not (self.pairs or self.zero or self.offset)
+
+    @property
+    def outer_late(self) -> bool:
+        return self.outer and self.by > 0 and not self.offset and (self.pairs > 0 or self.late)
+
+    @property
+    def bare(self) -> bool:
+        """Whether floating-point levels lack the factor 2**exponent, which scales or sums take."""
+        return self.late or (self.pairs > 0 and not self.zero)
 
     @property
     def looked_up(self) -> bool:
@@ -292,8 +309,8 @@ def _as_integer(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
 def _as_float(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
     """Sign | exponent | mantissa, as the upper bits of half precision, which processors convert, subnormal or not."""
     if kind.looked_up:
-        levels = _constant(_floats(kind), FLOATS)
-        return lambda codes: _looked_up(b, kind.bits, [levels], codes)
+        levels = _all_levels(b, kind, table)
+        return lambda codes: _looked_up(b, kind.bits, levels, codes)
     exponents, down, greatest = (kind.bits - 1 - kind.mantissa, 10 - kind.mantissa, kind.sign - 1)
 
     def level(codes: Any) -> Any:
@@ -304,23 +321,28 @@ def _as_float(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
             beyond = b.icmp_signed(">", size, _constant(kind.largest << down, SHORTS))
             value = b.or_(value, b.sext(beyond, SHORTS))  # all bits: NaN
         value = b.fpext(b.bitcast(value, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
-        if kind.late:
-            return value  # zeros may have a sign
-        value = b.fmul(value, _constant(2.0**kind.exponent, FLOATS))
-        return b.fadd(value, _constant(0.0, FLOATS)) if kind.least else value
+        if not kind.bare:
+            value = b.fmul(value, _constant(2.0**kind.exponent, FLOATS))
+        # Of a product zeros may have any sign.
+        return b.fadd(value, _constant(0.0, FLOATS)) if kind.least and not kind.by else value
 
     return level
 
 
-def _floats(kind: Loop) -> list[float]:
-    """What `_as_float` makes of each code, as often as it takes to fill a register."""
-    codes = np.arange(2**kind.bits)
-    size = codes % kind.sign
-    bits = size << (10 - kind.mantissa) | (codes & kind.sign) << (16 - kind.bits)
-    values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
-    if not kind.late:
-        values = values * 2.0**kind.exponent + (0.0 if kind.least else -0.0)
-    return np.resize(np.where(size > kind.largest, np.nan, values), LANES).tolist()
+def _all_levels(b: Any, kind: Loop, table: Any) -> list[Any]:
+    """The levels of all codes in registers, as often as it takes to fill one."""
+    codes = np.arange(max(LANES, 2**kind.bits)) % 2**kind.bits
+    if kind.way == TABLE:
+        return [_load(b, table, FLOATS, _long(4 * first)) for first in range(0, len(codes), LANES)]
+    size = codes % kind.sign if kind.sign else codes
+    if kind.way == INTEGER:
+        values = (size - (codes & kind.sign) - kind.least).astype(np.float64)
+    else:
+        bits = size << (10 - kind.mantissa) | (codes & kind.sign) << (16 - kind.bits)
+        values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
+        values = values * (1.0 if kind.bare else 2.0**kind.exponent) + (0.0 if kind.least else -0.0)
+        values[size > kind.largest] = np.nan
+    return [_constant(values[first : first + LANES].tolist(), FLOATS) for first in range(0, len(codes), LANES)]
 
 
 def _as_it_is(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
@@ -335,13 +357,15 @@ LEVELS = {TABLE: _from_table, INTEGER: _as_integer, FLOAT: _as_float, TRITS: _as
 
 def _over_codes(b: Any, kind: Loop, given: Given) -> None:
     """Write ``(level - zero) * scale * half + offset`` to target, or add to it the sums of these times rows of x."""
+    if kind.pairs:
+        return _in_pairs(b, kind, given)
     if not kind.by:
         return _decoded(b, kind, given)
     for j, eight in enumerate(_multiplied_trits(b, kind, given) if kind.way == TRITS else _multiplied(b, kind, given)):
         total = _sum(b, eight)
         if kind.late:
             total = b.fmul(total, ir.Constant(FLOAT32, 2.0**kind.exponent))
-            total = b.fmul(total, _load(b, given.outer, FLOAT32)) if kind.outer else total
+            total = b.fmul(total, _load(b, given.outer, FLOAT32)) if kind.outer_late else total
         at = b.add(given.target, _long(4 * j))
         _store(b, b.fadd(_load(b, at, FLOAT32), total), at)
 
@@ -365,9 +389,7 @@ def _decoded(b: Any, kind: Loop, given: Given) -> None:
 
         def one(chunk: Any, place: int) -> None:
             i = b.add(first, chunk)
-            value = level(read(b.add(given.source, b.mul(i, width))))
-            value = b.fmul(_placed(b, kind, grid, value, place), grid.scale)
-            value = value if grid.offset is None else b.fadd(value, grid.offset)
+            value = _scaled(b, grid, level(read(b.add(given.source, b.mul(i, width)))), place)
             value = value if kind.size == 4 else _rounded(b, value)
             _store(b, value, given.target, b.mul(i, _long(kind.size * LANES)))
 
@@ -391,7 +413,7 @@ def _multiplied(b: Any, kind: Loop, given: Given) -> list[Any]:
 
         def one(chunk: Any, place: int) -> None:
             i, own = b.add(first, chunk), place % together
-            value = _placed(b, kind, grid, level(read(b.add(given.source, b.mul(i, width)))), place)
+            value = _placed(b, grid, level(read(b.add(given.source, b.mul(i, width)))), place)
             for j, row in enumerate(rows):
                 x = _load(b, row, FLOATS, b.mul(i, _long(4 * LANES)))
                 sums[j].add(own, value, x)
@@ -453,6 +475,109 @@ def _multiplied_trits(b: Any, kind: Loop, given: Given) -> list[Any]:
     return totals.all()
 
 
+def _in_pairs(b: Any, kind: Loop, given: Given) -> None:
+    """As `_over_codes`, two chunks at a time, of weights that are rounded to bfloat16 like those of a dense matrix."""
+    weights = _pairs(b, kind, given)
+    together = max(1, CHAINS // kind.by) if kind.by else 1
+    per, groups = (_long(kind.chunks), max(1, together // kind.chunks)) if kind.chunks else (given.per, 1)
+    sums, rows = [_Sums(b, kind, together) for _ in range(kind.by)], _rows(b, kind, given)
+
+    def one_group(g: Any, number: int) -> None:
+        first, pair = b.mul(g, per), weights(g)
+
+        def one(chunk: Any, place: int) -> None:
+            i = b.add(first, chunk)
+            value, at = pair(i), b.mul(i, _long(4 * LANES))
+            if not kind.by:
+                _store(b, value, given.target, at)
+            for j, row in enumerate(rows):
+                sums[j].add(place % together, value, _load(b, row, PAIRS, at))
+
+        if kind.chunks:
+            for place in range(kind.chunks):
+                one(_long(place), number * kind.chunks + place)
+        else:
+            _steps(b, _within(b, given, first, per), together, one)
+
+    _steps(b, b.udiv(b.add(given.chunks, b.sub(per, _long(1))), per), groups, one_group)
+    for j in range(kind.by):
+        at, total = b.add(given.target, _long(4 * j)), _sum(b, sums[j].total())
+        total = b.fmul(total, _load(b, given.outer, FLOAT32)) if kind.outer_late else total
+        _store(b, b.fadd(_load(b, at, FLOAT32), total), at)
+
+
+def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callable[[Any], Any]]:
+    """A function of a group, or of two, that gives one of a pair of chunks."""
+
+    def grids(g: Any) -> list[Grid]:
+        numbers = [g, g] if kind.pairs == 1 else [b.mul(g, _long(2)), b.add(b.mul(g, _long(2)), _long(1))]
+        return [_grid(b, kind, given, number) for number in numbers]
+
+    if kind.halved or kind.bits > (4 if kind.pairs == 2 else 6):
+        read, level, width = _reading(b, kind), LEVELS[kind.way](b, kind, given.table), kind.bits * LANES // 8
+
+        def computed(g: Any) -> Callable[[Any], Any]:
+            own = grids(g)
+
+            def pair(i: Any) -> Any:
+                at = b.add(given.source, b.mul(i, _long(2 * width)))
+                levels = [level(read(b.add(at, _long(half * width)))) for half in (0, 1)]
+                return _joined(b, *(_rounded(b, _scaled(b, *each)) for each in zip(own, levels, strict=True)))
+
+            return lambda i: b.bitcast(pair(i), PAIRS)
+
+        return computed
+
+    levels, places = _all_levels(b, kind, given.table), _reading_places(b, kind)
+
+    def tabled(g: Any) -> Callable[[Any], Any]:
+        """The weights of all codes are made once for a group."""
+        own = grids(g)
+        if len(levels) == 1:
+            tables = [_joined(b, *(_rounded(b, _scaled(b, grid, levels[0])) for grid in own))]
+        else:
+            each = [_rounded(b, _scaled(b, own[0], level)) for level in levels]
+            tables = [_joined(b, *each[first : first + 2]) for first in range(0, len(each), 2)]
+        return lambda i: b.bitcast(_permuted(b, tables, places(b.add(given.source, b.mul(i, width)))), PAIRS)
+
+    width = _long(kind.bits * LANES // 4)
+    return tabled
+
+
+def _reading_places(b: Any, kind: Loop) -> Callable[[Any], Any]:
+    """Where codes come from: of an address, 2 * LANES of them in lanes of 16 bits. Above a code are bits of others."""
+    size = 16 if kind.bits <= 4 else 32
+    starts = [divmod(kind.bits * lane, 8) for lane in range(2 * LANES)]
+    pairs = [min(place + j, size - 1) for place, _ in starts for j in (0, 1)]
+    wide = ir.VectorType(INT16, 2 * LANES)
+
+    def read(at: Any) -> Any:
+        loaded = _load(b, at, ir.VectorType(BYTE, size))
+        places = b.lshr(
+            b.bitcast(_shuffle(b, loaded, loaded, pairs), wide), _constant([late for _, late in starts], wide)
+        )
+        if kind.pairs == 2:  # the second group has the upper half of the table
+            upper = _constant([0] * LANES + [LANES] * LANES, wide)
+            places = b.or_(b.and_(places, _constant(LANES - 1, wide)), upper)
+        return places
+
+    return read
+
+
+def _permuted(b: Any, tables: list[Any], places: Any) -> Any:
+    """What one or two tables of 2 * LANES hold at the places, whose upper bits do not count."""
+    kind = places.type
+    name, given = (
+        ("permvar", [tables[0], places]) if len(tables) == 1 else ("vpermi2var", [tables[0], places, tables[1]])
+    )
+    function = ir.FunctionType(kind, [kind] * len(given))
+    return b.call(cgutils.get_or_insert_function(b.module, function, f"llvm.x86.avx512.{name}.hi.512"), given)
+
+
+def _joined(b: Any, x: Any, y: Any) -> Any:
+    return _shuffle(b, x, y, [*range(2 * LANES)])
+
+
 def _rows(b: Any, kind: Loop, given: Given) -> list[Any]:
     return [b.add(given.x, b.mul(given.x_stride, _long(j))) for j in range(kind.by)]
 
@@ -467,7 +592,8 @@ class _Sums:
 
     def add(self, number: int, x: Any, y: Any) -> None:
         """x * y to one of them."""
-        self.b.store(_fused(self.b, x, y, self.b.load(self.places[number])), self.places[number])
+        multiplied = _dot if x.type == PAIRS else _fused
+        self.b.store(multiplied(self.b, x, y, self.b.load(self.places[number])), self.places[number])
 
     def all(self) -> list[Any]:
         return [self.b.load(place) for place in self.places]
@@ -505,8 +631,10 @@ def _grid(b: Any, kind: Loop, given: Given, g: Any) -> Grid:
         code = _load(b, given.scale, ir.IntType(8 * kind.scale_width), at)
         scale = _load(b, given.scales, FLOAT32, b.shl(b.zext(code, INT64), _long(2)))
     zero, offset, micro = None, None, None
-    if kind.outer and not kind.late:
+    if kind.outer and not kind.outer_late:
         scale = b.fmul(scale, _load(b, given.outer, FLOAT32))
+    if kind.bare and not kind.late:
+        scale = b.fmul(scale, ir.Constant(FLOAT32, 2.0**kind.exponent))
     if kind.zero:
         zero = _splat(b, _load(b, given.zero, FLOAT32, b.mul(g, given.zero_step)))
     if kind.offset:
@@ -516,7 +644,13 @@ def _grid(b: Any, kind: Loop, given: Given, g: Any) -> Grid:
     return Grid(_splat(b, scale, kind.floats), zero, offset, micro)
 
 
-def _placed(b: Any, kind: Loop, grid: Grid, value: Any, place: int) -> Any:
+def _scaled(b: Any, grid: Grid, value: Any, place: int = 0) -> Any:
+    """A chunk of levels, the place-th of a group, as weights."""
+    value = b.fmul(_placed(b, grid, value, place), grid.scale)
+    return value if grid.offset is None else b.fadd(value, grid.offset)
+
+
+def _placed(b: Any, grid: Grid, value: Any, place: int) -> Any:
     """A chunk of levels, the place-th of a group, less its zero, or halved."""
     if grid.zero is not None:
         value = b.fsub(value, grid.zero)
@@ -537,22 +671,24 @@ def call(b: Any, address: Any, *given: Any) -> None:
     b.call(b.inttoptr(address, function), [b.ptrtoint(place, INT64)])
 
 
-def _products(pair: int) -> Any:
+def _products(kind: Any, by: int) -> Any:
+    multiplied = _fused if kind is FLOATS else _dot
+
     @_written
     def run(b: Any, tile: Any, tile_stride: Any, x: Any, x_stride: Any, y: Any, y_stride: Any, chunks: Any) -> None:
-        """(address and bytes from row to row of: TOGETHER rows of the weight, `pair` rows of x, products; chunks)
+        """(address and bytes from row to row of: TOGETHER rows of the weight, `by` rows of x, products; chunks)
 
-        Products are added to what is there. Each is the sum of the same LANES sums whatever `pair` is.
+        Products are added to what is there. Each is the sum of the same LANES sums whatever `by` is.
         """
-        places = [(i, j) for i in range(TOGETHER) for j in range(pair)]
+        places = [(i, j) for i in range(TOGETHER) for j in range(by)]
         sums = {place: cgutils.alloca_once_value(b, _constant(0.0, FLOATS)) for place in places}
         rows = [b.add(tile, b.mul(tile_stride, _long(i))) for i in range(TOGETHER)]
-        others = [b.add(x, b.mul(x_stride, _long(j))) for j in range(pair)]
+        others = [b.add(x, b.mul(x_stride, _long(j))) for j in range(by)]
         with cgutils.for_range(b, chunks) as step:
             offset = b.mul(step.index, _long(4 * LANES))
-            own, other = ([_load(b, at, FLOATS, offset) for at in addresses] for addresses in (rows, others))
+            own, other = ([_load(b, at, kind, offset) for at in addresses] for addresses in (rows, others))
             for i, j in places:
-                b.store(_fused(b, own[i], other[j], b.load(sums[i, j])), sums[i, j])
+                b.store(multiplied(b, own[i], other[j], b.load(sums[i, j])), sums[i, j])
         for i, j in places:
             at = b.add(y, b.add(b.mul(y_stride, _long(i)), _long(4 * j)))
             _store(b, b.fadd(_load(b, at, FLOAT32), _sum(b, b.load(sums[i, j]))), at)
@@ -560,14 +696,35 @@ def _products(pair: int) -> Any:
     return run
 
 
-products_of_one, products_of_pair = _products(1), _products(PAIR)
+def _dot(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """z + the products of x and y, bfloat16, by two."""
+    if DOTS:
+        kind = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [z, x, y])
+    for shift, mask in ((16, -1), (0, -(2**16))):  # every second one, as the upper half of a float32
+        upper = [b.and_(b.shl(b.bitcast(vector, INTS), _constant(shift)), _constant(mask)) for vector in (x, y)]
+        z = _fused(b, b.bitcast(upper[0], FLOATS), b.bitcast(upper[1], FLOATS), z)
+    return z
 
 
-@_written
-def add_products(b: Any, tile: Any, x: Any, y: Any) -> None:
-    """(addresses of LANES numbers, of as many, and of the number that the sum of their products is added to)"""
-    total = _sum(b, b.fmul(_load(b, tile, FLOATS), _load(b, x, FLOATS)))
-    _store(b, b.fadd(_load(b, y, FLOAT32), total), y)
+# Of float32, and of bfloat16, whose chunks have twice as many columns.
+by_one, by_two, by_four = (_products(FLOATS, by) for by in (1, 2, 4))
+pairs_by_one, pairs_by_two, pairs_by_four = (_products(PAIRS, by) for by in (1, 2, 4))
+
+
+def _adding(kind: Any) -> Any:
+    multiplied = _fused if kind is FLOATS else _dot
+
+    @_written
+    def run(b: Any, tile: Any, x: Any, y: Any) -> None:
+        """(addresses of a chunk, of one of x, and of the number that the sum of their products is added to)"""
+        total = _sum(b, multiplied(b, _load(b, tile, kind), _load(b, x, kind), _constant(0.0, FLOATS)))
+        _store(b, b.fadd(_load(b, y, FLOAT32), total), y)
+
+    return run
+
+
+add_products, add_pairs = _adding(FLOATS), _adding(PAIRS)
 
 
 @_written
@@ -591,12 +748,23 @@ def round_chunk(b: Any, target: Any, source: Any) -> None:
 def _rounded(b: Any, value: Any) -> Any:
     """To bfloat16, as its bits. The instruction takes what is below 1e-38 for zero, as that of products does."""
     if "+avx512bf16" in FEATURES:
-        return b.bitcast(b.fptrunc(value, ir.VectorType(BFloat16(), LANES)), SHORTS)
+        return b.bitcast(b.fptrunc(value, ir.VectorType(PAIRS.element, LANES)), SHORTS)
     bits = b.bitcast(value, INTS)
     odd = b.and_(b.lshr(bits, _constant(16)), _constant(1))
     rounded = b.add(bits, b.add(odd, _constant(0x7FFF)))
     rounded = b.select(b.fcmp_unordered("uno", value, value), _constant(0x7FC00000), rounded)
     return b.trunc(b.lshr(rounded, _constant(16)), SHORTS)
+
+
+@_written
+def prefetch(b: Any, address: Any, count: Any) -> None:
+    """(address of what will be read soon, bytes)"""
+    kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT32, INT32, INT32])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    lines = b.udiv(b.add(count, _long(LINE - 1)), _long(LINE))
+    with cgutils.for_range(b, lines) as line:
+        place = _at(b, address, BYTE, b.mul(line.index, _long(LINE)))
+        b.call(function, [place, *(ir.Constant(INT32, number) for number in (0, 3, 1))])  # to read, often, as data
 
 
 def _reader(kind: Any, known: Any) -> Any:

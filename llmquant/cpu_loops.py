@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,33 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmquant import cpu_llvm
-from llmquant.cpu_llvm import EIGHT, LANES, PAIR, SUMS, TOGETHER, Loop, byte_at, call, float_at, pointer_to, take
+from llmquant.cpu_llvm import (
+    EIGHT,
+    LANES,
+    SHARED,
+    SUMS,
+    TOGETHER,
+    Loop,
+    byte_at,
+    call,
+    float_at,
+    pointer_to,
+    take,
+)
 from llmquant_kernels.cpu_compiled import TRITS, Encoded
 
 # Columns that are decoded at a time: with those of x they stay in the first cache. A whole number of lanes.
 COLUMNS = 1280
+DOTS = cpu_llvm.DOTS  # see llmquant_kernels.cpu_compiled.Loops
+ROWS = 64  # of the weight whose products with few rows of x stay there too
+AHEAD = 12  # rows of the weight: what is read of one is too little for a processor to see what comes next
 FEW = 8  # rows of x up to which the weight is decoded for each four, or two, or one, of them
+ROUNDED_UP = {3: 4, 5: 8, 6: 8, 7: 8}  # where to decode once more costs more than to multiply zeros
+# The loops for 1, 2, 4, .. rows of x at a time, in numbers of so many bytes.
+BY = {
+    4: ("by_one", "by_two", "by_four"),
+    2: ("pairs_by_one", "pairs_by_two", "pairs_by_four", "pairs_by_eight"),
+}
 # Multiplications below which another thread costs more than it gains.
 LEAST_WORK = 2**16
 TURNS = 4  # runs of rows that each thread takes, for none to wait long for one that something disturbs
@@ -67,12 +88,19 @@ class Weight(NamedTuple):
     group: int
     trits: bool
     apart: bool  # groups end within LANES columns: levels are written first, then multiplied by scales
-    decoding: int  # addresses of loops, to float32
-    rounding: int  # to bfloat16
-    by_one: int  # that multiply by so many rows of x; 0: there is none
-    by_two: int
-    by_four: int
-    unrolled: int  # columns that these take at a time
+    unrolled: int  # columns that loops multiply by float32 at a time
+    unrolled_pairs: int  # by bfloat16
+    rounded: int  # columns that are decoded to bfloat16 at a time
+    # Addresses of loops, 0 where there is none, or none yet: what decodes to float32, and to bfloat16,
+    decoding: int = 0
+    rounding: int = 0
+    by_one: int = 0  # what multiplies by so many rows of x, float32,
+    by_two: int = 0
+    by_four: int = 0
+    pairs_by_one: int = 0  # and bfloat16
+    pairs_by_two: int = 0
+    pairs_by_four: int = 0
+    pairs_by_eight: int = 0
 
 
 class Task(NamedTuple):
@@ -83,10 +111,11 @@ class Task(NamedTuple):
     step: int
     weight: int  # address of a Weight
     x: int  # address of what is multiplied, 0 where the weight is decoded
-    width: int  # columns of x
+    x_stride: int  # bytes from row to row
+    rows: int  # of x
     y: int  # address of what is written
     first: int  # the row of the weight that comes first there
-    size: int  # rows of x, or bytes of a decoded number
+    size: int  # bytes of a number of x, or of what is decoded
 
 
 class Ready(NamedTuple):
@@ -94,23 +123,48 @@ class Ready(NamedTuple):
     rows: int
     columns: int
     trits: bool
+    pairs: bool  # whether few rows of bfloat16 are multiplied by codes as they are decoded
+    loops: dict[str, Loop]  # by the field for their address, those that are not compiled yet
+
+    def compile(self, names: Iterable[str]) -> None:
+        for name in names:
+            if kind := self.loops.pop(name, None):
+                self.fields[Weight._fields.index(name)] = cpu_llvm.loop(kind).address
 
 
 def multiply(weight: Ready, x: Tensor) -> Tensor:
-    """x (rows, in) float32, contiguous -> (rows, out) float32."""
-    count, columns = x.shape
-    if not count:  # which has no address
-        return x.new_empty(0, weight.rows)
-    if columns % LANES or weight.trits:  # what is read behind a row
-        x = functional.pad(x, (0, -columns % LANES + LANES))
-    y = torch.zeros(-(-weight.rows // TOGETHER) * TOGETHER, count)
-    _in_threads(weight, 0, weight.rows, columns * count, x.data_ptr(), x.shape[1], y.data_ptr(), count)
-    return y[: weight.rows].t().contiguous()
+    """x (rows, in) float32, or bfloat16 where DOTS, contiguous -> (rows, out) float32."""
+    rows, columns = x.shape
+    if not rows:  # which have no address
+        return x.new_empty(0, weight.rows, dtype=torch.float32)
+    if x.dtype == torch.bfloat16 and rows <= FEW and not weight.pairs:
+        x = x.float()
+    size, count = x.element_size(), rows
+    if size == 2 and rows in ROUNDED_UP:
+        x, rows = functional.pad(x, (0, 0, 0, ROUNDED_UP[rows] - rows)), ROUNDED_UP[rows]
+    weight.compile(_needed(rows, size))
+    # What is read behind a row; and rows that lie a power of two apart would take each other's place in the cache.
+    if columns * size % (4 * LANES) or weight.trits or rows > 4:
+        x = functional.pad(x, (0, -columns % (2 * LANES) + 2 * LANES))
+    y = torch.zeros(-(-weight.rows // TOGETHER) * TOGETHER, rows)
+    where = {"x": x.data_ptr(), "x_stride": size * x.shape[1], "rows": rows, "y": y.data_ptr(), "size": size}
+    _in_threads(weight, 0, weight.rows, rows, where)
+    return y[: weight.rows, :count].t().contiguous()
+
+
+@cache
+def _needed(rows: int, size: int) -> tuple[str, ...]:
+    """The loops that multiply so many rows of x, in numbers of `size` bytes."""
+    decoding = ("decoding", "rounding") if size == 2 else ("decoding",)
+    by = [name for number, name in enumerate(BY[size]) if 2**number <= rows <= FEW]
+    return (*decoding, *by)
 
 
 def decode(weight: Ready, start: int, out: Tensor) -> None:
     """Write the rows of the weight from `start` on to out (rows, in), float32 or bfloat16, contiguous."""
-    _in_threads(weight, start, start + len(out), weight.columns, 0, 0, out.data_ptr(), out.element_size())
+    weight.compile(_needed(0, out.element_size()))
+    where = {"x": 0, "x_stride": 0, "rows": 0, "y": out.data_ptr(), "size": out.element_size()}
+    _in_threads(weight, start, start + len(out), 1, where)
 
 
 def prepare(weight: Encoded) -> Ready:
@@ -118,21 +172,7 @@ def prepare(weight: Encoded) -> Ready:
     rows, columns = weight.shape
     stride, groups = weight.packed.shape[1], -(-columns // weight.group)
     apart, trits = weight.group % LANES != 0 and groups > 1, weight.way == TRITS
-    kind = Loop(
-        *(weight.way, weight.bits, weight.sign, weight.least, weight.mantissa, weight.exponent, weight.largest),
-        scale_width=4 if apart else weight.scale.shape[1] // groups,
-        chunks=weight.group // LANES if weight.group == 16 else 0,
-        outer=weight.outer.numel() > 0 and not apart,
-        halved=weight.micro.numel() > 0,
-        zero=weight.zero.numel() > 0 and not apart,
-        offset=weight.offset.numel() > 0 and not apart,
-    )
-
-    chunks = weight.group // LANES if weight.group // LANES in SUMS and not weight.group % LANES else 0
-    product = kind._replace(chunks=chunks)
-    if trits:
-        product = product._replace(scale_width=weight.scale.shape[1] // groups, outer=weight.outer.numel() > 0)
-    served = weight.zero.numel() + weight.offset.numel() == 0 if trits else not apart
+    loops = _loops_of(weight, groups, apart)
 
     def row(grid: Tensor) -> int:
         return grid.stride(0) * grid.element_size() if len(grid) > 1 else 0
@@ -172,21 +212,46 @@ def prepare(weight: Encoded) -> Ready:
         group=weight.group,
         trits=trits,
         apart=apart,
-        decoding=cpu_llvm.loop(kind).address,
-        rounding=cpu_llvm.loop(kind._replace(size=2)).address,
-        by_one=cpu_llvm.loop(product._replace(by=1)).address if served else 0,
-        by_two=cpu_llvm.loop(product._replace(by=2)).address if served else 0,
-        by_four=cpu_llvm.loop(product._replace(by=4)).address if served else 0,
-        unrolled=max(1, chunks) * LANES,
+        unrolled=max(1, loops["by_one"].chunks) * LANES if "by_one" in loops else 0,
+        unrolled_pairs=max(1, loops["pairs_by_one"].chunks) * 2 * LANES if "pairs_by_one" in loops else 0,
+        rounded=(2 if loops["rounding"].pairs else 1) * LANES,
     )
-    return Ready(array("q", fields), rows, columns, trits)
+    return Ready(array("q", fields), rows, columns, trits, "pairs_by_one" in loops, loops)
 
 
-def _in_threads(weight: Ready, start: int, stop: int, each: int, x: int, width: int, y: int, count: int) -> None:
-    """A Task for as many threads as torch may use; each: multiplications of a row."""
-    threads = max(1, min(torch.get_num_threads(), (stop - start) * each // LEAST_WORK, (stop - start) // TOGETHER))
+def _loops_of(weight: Encoded, groups: int, apart: bool) -> dict[str, Loop]:
+    """What decodes it and what multiplies by it, by the field of Weight."""
+    trits, group = weight.way == TRITS, weight.group
+    kind = Loop(
+        *(weight.way, weight.bits, weight.sign, weight.least, weight.mantissa, weight.exponent, weight.largest),
+        scale_width=4 if apart else weight.scale.shape[1] // groups,
+        chunks=group // LANES if group == 16 else 0,
+        outer=weight.outer.numel() > 0 and not apart,
+        halved=weight.micro.numel() > 0,
+        zero=weight.zero.numel() > 0 and not apart,
+        offset=weight.offset.numel() > 0 and not apart,
+    )
+    loops = {"decoding": kind, "rounding": kind._replace(size=2)}
+    product = kind._replace(chunks=group // LANES if group // LANES in SUMS and not group % LANES else 0)
+    if trits:
+        product = product._replace(scale_width=weight.scale.shape[1] // groups, outer=weight.outer.numel() > 0)
+    if not (weight.zero.numel() or weight.offset.numel() if trits else apart):
+        loops |= {name: product._replace(by=2**number) for number, name in enumerate(BY[4])}
+    if not DOTS or apart or trits or (groups > 1 and group != 16 and group % (2 * LANES)):
+        return loops
+    pair = kind._replace(size=2, pairs=2 if group == 16 else 1)
+    chunks = 1 if group == 16 else group // (2 * LANES) if group in (32, 64, 128) else 0
+    multiplied = {name: pair._replace(by=2**number, chunks=chunks) for number, name in enumerate(BY[2])}
+    return {**loops, "rounding": pair, **multiplied}
+
+
+def _in_threads(weight: Ready, start: int, stop: int, times: int, where: dict[str, int]) -> None:
+    """A Task for as many threads as torch may use; times: how often each weight is multiplied."""
+    work = (stop - start) * weight.columns * times
+    threads = max(1, min(torch.get_num_threads(), work // LEAST_WORK, (stop - start) // TOGETHER))
     step = -(-(stop - start) // (threads * TURNS * TOGETHER)) * TOGETHER if threads > 1 else stop - start
-    task = array("q", Task(start, stop, step, weight.fields.buffer_info()[0], x, width, y, start, count))
+    address = weight.fields.buffer_info()[0]
+    task = array("q", Task(next=start, stop=stop, step=step, weight=address, first=start, **where))
     if threads > 1:
         _team()(_share.address, task.buffer_info()[0], threads, 0)
     else:
@@ -254,9 +319,9 @@ def _run(w, loop, source, r, first, chunks, per, target, x, x_stride):  # type: 
 
 
 @_compiled(inline="always")
-def _per(w, chunks):  # type: ignore[no-untyped-def]
-    """How many chunks make a group."""
-    return chunks if w.groups == 1 else w.group // LANES
+def _per(w, chunks, width):  # type: ignore[no-untyped-def]
+    """How many chunks of so many columns make a group."""
+    return chunks if w.groups == 1 else w.group // width
 
 
 @_compiled(inline="always")
@@ -275,7 +340,7 @@ def _decode_tile(w, r, first, last, tile):  # type: ignore[no-untyped-def]
             cpu_llvm.copy_eight((target + 4 * (5 * i - past), w.table + 32 * np.int64(byte_at(source + i))))
         source = target
     if not (w.apart and w.trits):
-        _run(w, w.decoding, source, r, first, chunks, _per(w, chunks), target, 0, 0)
+        _run(w, w.decoding, source, r, first, chunks, _per(w, chunks, LANES), target, 0, 0)
     if w.apart:
         c, g = first, first // w.group
         while c < last:
@@ -289,80 +354,134 @@ def _decode_tile(w, r, first, last, tile):  # type: ignore[no-untyped-def]
     tile[LANES + width : LANES * (chunks + 1)] = 0
 
 
-@_compiled()
-def _decode(w, out, size, origin, start, stop):  # type: ignore[no-untyped-def]
-    """Rows [start, stop) to `out`, in numbers of `size` bytes, whose first row is row `origin`."""
-    tile = np.empty(COLUMNS + 2 * LANES, np.float32)
-    source = _address_of(tile)
-    chunks = 0 if w.apart or w.trits else w.columns // LANES
-    loop = w.rounding if size == 2 else w.decoding
-    for r in range(start, stop):
-        row = out + size * (r - origin) * w.columns
-        if chunks:
-            _run(w, loop, _source_of(w, r, 0), r, 0, chunks, _per(w, chunks), row, 0, 0)
-        first = chunks * LANES
-        while first < w.columns:
-            last = _end_of_tile(w, first)
-            _decode_tile(w, r, first, last, tile)
-            if size == 2:
-                for c in range((last - first + LANES - 1) // LANES):
-                    cpu_llvm.round_chunk((source + 2 * LANES * c, source + 4 * LANES * c))
-            cpu_llvm.copy((row + size * first, source, size * (last - first)))
-            first = last
+@_compiled(inline="always")
+def _prefetch(w, r, first, last):  # type: ignore[no-untyped-def]
+    """Have what columns [first, last) of row r are decoded from, where there is such a row."""
+    if r < w.rows:
+        g, groups = first // w.group, (last - first + w.group - 1) // w.group
+        cpu_llvm.prefetch((_source_of(w, r, first), (last - first) // EIGHT * w.bits))
+        cpu_llvm.prefetch((w.scale + r * w.scale_stride + g * w.scale_width, groups * w.scale_width))
+        cpu_llvm.prefetch((w.micro + r * w.micro_stride + g, groups if w.micro_stride else 0))
 
 
 @_compiled()
-def _multiply_few(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-def]
-    """Columns that fill no lanes are decoded: what lies behind them may be NaN, which no zero in x cancels."""
-    tile = np.empty(w.unrolled + 2 * LANES, np.float32)
-    whole = w.columns // w.unrolled * w.unrolled
-    chunks, per = whole // LANES, _per(w, whole // LANES)
-    if w.trits:
-        whole, chunks, per = w.columns, w.columns, w.group
-    for r in range(start, stop):
-        source = w.packed + r * w.stride if w.trits else _source_of(w, r, 0)
-        m = 0
-        while whole and m < count:
-            loop, by = w.by_one, 1
-            if m + 2 <= count:
-                loop, by = w.by_two, 2
-            if m + 4 <= count:
-                loop, by = w.by_four, 4
-            _run(w, loop, source, r, 0, chunks, per, y + 4 * (r * count + m), x + 4 * m * width, 4 * width)
-            m += by
-        if whole < w.columns:
-            _decode_tile(w, r, whole, w.columns, tile)
-            for m in range(count):
-                for c in range(0, w.columns - whole, LANES):
-                    place = x + 4 * (m * width + whole + c)
-                    cpu_llvm.add_products((_address_of(tile) + 4 * c, place, y + 4 * (r * count + m)))
+def _write(w, r, first, last, target, size, tile):  # type: ignore[no-untyped-def]
+    """Columns [first, last) of row r to `target`, in numbers of `size` bytes; tile: room for float32."""
+    loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, LANES)
+    chunks = 0 if w.apart or w.trits else (last - first) // chunk
+    if chunks:
+        _run(w, loop, _source_of(w, r, first), r, first, chunks, _per(w, chunks, chunk), target, 0, 0)
+    source, target, first = _address_of(tile), target + size * chunk * chunks, first + chunk * chunks
+    while first < last:
+        end = min(last, _end_of_tile(w, first))
+        _decode_tile(w, r, first, end, tile)
+        if size == 2:
+            for c in range((end - first + LANES - 1) // LANES):
+                cpu_llvm.round_chunk((source + 2 * LANES * c, source + 4 * LANES * c))
+        cpu_llvm.copy((target, source, size * (end - first)))
+        target, first = target + size * (end - first), end
 
 
 @_compiled()
-def _multiply(w, x, width, y, count, start, stop):  # type: ignore[no-untyped-def]
+def _multiply_few(w, x, x_stride, count, y, size, start, stop):  # type: ignore[no-untyped-def]
     """To rows [start, stop) of y, which are those of the weight, their products with `count` rows of x.
 
-    x and y: addresses; width: columns of x, whole lanes.
+    As many columns of x at a time as the first cache holds. Columns that fill no lanes are decoded: what lies behind
+    them may be NaN, which no zero in x cancels.
     """
-    if count <= FEW and w.by_one:
-        _multiply_few(w, x, width, y, count, start, stop)
-        return
-    tile = np.zeros((TOGETHER, COLUMNS + 2 * LANES), np.float32)
-    source, stride = _address_of(tile), 4 * (COLUMNS + 2 * LANES)
+    wide = 4 * LANES // size  # columns of a chunk
+    unrolled = w.unrolled if size == 4 else w.unrolled_pairs
+    whole = w.columns if w.trits else w.columns // unrolled * unrolled
+    for block in range(start, stop, ROWS):
+        end, first = min(stop, block + ROWS), 0
+        while first < whole:
+            last = whole if w.trits or count <= 2 else min(whole, _end_of_tile(w, first))
+            chunks = last - first if w.trits else (last - first) // wide
+            per = w.group if w.trits else _per(w, chunks, wide)
+            for r in range(block, end):
+                source = w.packed + r * w.stride if w.trits else _source_of(w, r, first)
+                if last - first < whole:
+                    _prefetch(w, r + AHEAD, first, last)
+                m = 0
+                while m < count:
+                    loop, by = _largest(w, size, count - m)
+                    shown, sums = x + m * x_stride + size * first, y + 4 * (r * count + m)
+                    _run(w, loop, source, r, first, chunks, per, sums, shown, x_stride)
+                    m += by
+            first = last
+        if whole < w.columns:
+            _multiply_rest(w, x, x_stride, count, y, size, block, end, whole)
+
+
+@_compiled()
+def _multiply_rest(w, x, x_stride, count, y, size, start, stop, first):  # type: ignore[no-untyped-def]
+    """The same with columns from `first` on, less than a tile."""
+    room, rest, wide = np.empty(COLUMNS + 2 * LANES, np.float32), np.zeros(4 * COLUMNS, np.uint8), 4 * LANES
+    source = np.int64(rest.ctypes.data)
+    for r in range(start, stop):
+        _write(w, r, first, w.columns, source, size, room)
+        for m in range(count):
+            for c in range(0, size * (w.columns - first), wide):
+                given = (source + c, x + m * x_stride + size * first + c, y + 4 * (r * count + m))
+                if size == 4:
+                    cpu_llvm.add_products(given)
+                else:
+                    cpu_llvm.add_pairs(given)
+
+
+@_compiled(inline="always")
+def _largest(w, size, count):  # type: ignore[no-untyped-def]
+    """The loop for the most rows of x up to `count`, and their number."""
+    if size == 2 and count >= 8:
+        return w.pairs_by_eight, 8
+    if count >= 4:
+        return w.by_four if size == 4 else w.pairs_by_four, 4
+    if count >= 2:
+        return w.by_two if size == 4 else w.pairs_by_two, 2
+    return w.by_one if size == 4 else w.pairs_by_one, 1
+
+
+@_compiled()
+def _multiply_tiles(w, x, x_stride, count, y, size, start, stop):  # type: ignore[no-untyped-def]
+    """The same by TOGETHER rows of the weight, which are decoded, as many columns as the first cache holds."""
+    room, wide = np.empty(COLUMNS + 2 * LANES, np.float32), 4 * LANES
+    tile = np.zeros((TOGETHER, size * (COLUMNS + 2 * LANES)), np.uint8)
+    source, stride = np.int64(tile.ctypes.data), tile.shape[1]
     for row in range(start, stop, TOGETHER):
         first = 0
         while first < w.columns:
             last = _end_of_tile(w, first)
+            width = size * (last - first)
+            chunks = (width + wide - 1) // wide
             for r in range(min(TOGETHER, stop - row)):
-                _decode_tile(w, row + r, first, last, tile[r])
-            chunks = (last - first + LANES - 1) // LANES
-            for m in range(0, count, PAIR):
-                places = (source, stride, x + 4 * (m * width + first), 4 * width, y + 4 * (row * count + m), 4 * count)
-                if m + 1 < count:
-                    cpu_llvm.products_of_pair((*places, chunks))
-                else:
-                    cpu_llvm.products_of_one((*places, chunks))
+                _write(w, row + r, first, last, source + r * stride, size, room)
+                _prefetch(w, row + r + AHEAD, first, last)
+            if width < chunks * wide:
+                tile[:, width : chunks * wide] = 0
+            m = 0
+            while m < count:
+                by = SHARED if m + SHARED <= count else 2 if m + 2 <= count else 1
+                at = (source, stride, x + x_stride * m + size * first, x_stride)
+                _products(size, by, (*at, y + 4 * (row * count + m), 4 * count, chunks))
+                m += by
             first = last
+
+
+@_compiled(inline="always")
+def _products(size, by, given):  # type: ignore[no-untyped-def]
+    if size == 4:
+        if by == 4:
+            cpu_llvm.by_four(given)
+        elif by == 2:
+            cpu_llvm.by_two(given)
+        else:
+            cpu_llvm.by_one(given)
+    elif by == 4:
+        cpu_llvm.pairs_by_four(given)
+    elif by == 2:
+        cpu_llvm.pairs_by_two(given)
+    else:
+        cpu_llvm.pairs_by_one(given)
 
 
 def _entry(version: str) -> Any:
@@ -375,10 +494,15 @@ def _entry(version: str) -> Any:
         start = take(at, task.step)
         while start < task.stop:
             stop = min(start + task.step, task.stop)
-            if task.x:
-                _multiply(w, task.x, task.width, task.y, task.size, start, stop)
+            if not task.x:
+                tile = np.empty(COLUMNS + 2 * LANES, np.float32)
+                for r in range(start, stop):
+                    row = task.y + task.size * (r - task.first) * w.columns
+                    _write(w, r, 0, w.columns, row, task.size, tile)
+            elif task.rows <= FEW and (w.unrolled if task.size == 4 else w.unrolled_pairs):
+                _multiply_few(w, task.x, task.x_stride, task.rows, task.y, task.size, start, stop)
             else:
-                _decode(w, task.y, task.size, task.first, start, stop)
+                _multiply_tiles(w, task.x, task.x_stride, task.rows, task.y, task.size, start, stop)
             start = take(at, task.step)
 
     return cpu_llvm.kept_on_disk(partial(cfunc, types.void(types.intp)), share)

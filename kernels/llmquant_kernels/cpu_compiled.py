@@ -19,7 +19,7 @@ from .weight import DTYPES, Facts, PackedWeight, Prepared
 # FLOAT: sign | exponent | mantissa, times a power of two. TRITS: five digits a byte.
 TABLE, INTEGER, FLOAT, TRITS = range(4)
 # Rows of x up to which decoding row by row beats decoding in blocks followed by torch's product, float32 and bfloat16.
-ROWS, ROWS_BF16 = 32, 4
+ROWS, ROWS_BF16 = 32, 64
 # Weights decoded at a time, for a product of many rows.
 BLOCK = 2**20
 
@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     shape: tuple[int, int]
     packed: Tensor  # (out, bytes) uint8
     tail: Tensor  # (bytes,) uint8: the last rows of packed once more, and 16 bytes, for words are read past the end
-    table: Tensor  # (1 or out, 16 or 2**bits) float32; of trits (1, 2048): five a byte, and three zeros
+    table: Tensor  # (1 or out, 2**bits) float32, repeated up to 16; of trits (1, 2048): five a byte, and three zeros
     scale: Tensor  # (1 or out, groups * 1, 2 or 4) uint8: the bytes of the scales
     scales: Tensor  # (256 or 65536,) float32: what they stand for, where they have 8 or 16 bits
     zero: Tensor  # (1 or out, groups) float32, or (1, 1), or (0, 0): levels are less the zero already
@@ -56,8 +56,10 @@ class Loops(Protocol):
     def prepare(self, weight: Encoded) -> Any:
         """What the others take for a weight, of which it does not keep the tensors."""
 
+    DOTS: bool  # whether `multiply` takes bfloat16
+
     def multiply(self, weight: Any, x: Tensor) -> Tensor:
-        """x (rows, in) float32, contiguous -> (rows, out) float32."""
+        """x (rows, in) float32, or bfloat16 where DOTS, contiguous -> (rows, out) float32."""
 
     def decode(self, weight: Any, start: int, out: Tensor) -> None:
         """Write the rows of the weight from `start` on to out (rows, in), float32 or bfloat16, contiguous."""
@@ -145,7 +147,8 @@ def _product(x: Tensor, bias: Tensor | None, weight: Any, shape: tuple[int, int]
     flat = x.reshape(-1, columns)
     if len(flat) > rows_here(x.dtype):
         return _many_rows(flat, bias, weight, shape).view(*x.shape[:-1], rows)
-    y = _loops().multiply(weight, flat.float().contiguous())
+    own = flat if flat.dtype == torch.bfloat16 and _loops().DOTS else flat.float()
+    y = _loops().multiply(weight, own.contiguous())
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], rows)
@@ -215,7 +218,7 @@ def _way(weight: PackedWeight) -> tuple[int, Tensor, Tensor | int, tuple[int, in
     if bits >= 4 and levels.dim() == 1 and (found := as_floats(levels.float(), bits)):
         return FLOAT, nothing, zero, found
     table = levels.float().view(-1, 2**bits) - taken
-    return TABLE, functional.pad(table, (0, max(0, 16 - 2**bits))).contiguous(), left, (0, 0, 0, 0, 0)
+    return TABLE, table.repeat(1, max(1, 16 // 2**bits)), left, (0, 0, 0, 0, 0)
 
 
 def as_floats(levels: Tensor, bits: int) -> tuple[int, int, int, int, int] | None:
