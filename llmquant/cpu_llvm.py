@@ -45,7 +45,7 @@ class BFloat16(ir.Type):
         return "bfloat"
 
 
-PAIRS = ir.VectorType(BFloat16(), 2 * LANES)
+PAIRS, PLACES = ir.VectorType(BFloat16(), 2 * LANES), ir.VectorType(INT16, 2 * LANES)
 EIGHT_FLOATS = ir.VectorType(FLOAT32, EIGHT)
 
 
@@ -98,7 +98,7 @@ class Loop(NamedTuple):
     @property
     def floats(self) -> Any:
         """The vector of a chunk of levels. Bytes of five digits are multiplied in lanes of eight."""
-        return EIGHT_FLOATS if self.way == TRITS and self.by else FLOATS
+        return EIGHT_FLOATS if self.way == TRITS and self.by and not self.pairs else FLOATS
 
 
 class Given(NamedTuple):
@@ -334,6 +334,10 @@ def _all_levels(b: Any, kind: Loop, table: Any) -> list[Any]:
     codes = np.arange(max(LANES, 2**kind.bits)) % 2**kind.bits
     if kind.way == TABLE:
         return [_load(b, table, FLOATS, _long(4 * first)) for first in range(0, len(codes), LANES)]
+    if kind.way == TRITS:
+        return [
+            b.fadd(_splat(b, _load(b, table, FLOAT32)), _constant([float(code % 3) for code in range(LANES)], FLOATS))
+        ]
     size = codes % kind.sign if kind.sign else codes
     if kind.way == INTEGER:
         values = (size - (codes & kind.sign) - kind.least).astype(np.float64)
@@ -483,11 +487,11 @@ def _in_pairs(b: Any, kind: Loop, given: Given) -> None:
     sums, rows = [_Sums(b, kind, together) for _ in range(kind.by)], _rows(b, kind, given)
 
     def one_group(g: Any, number: int) -> None:
-        first, pair = b.mul(g, per), weights(g)
+        first = b.mul(g, per)
+        pair = weights(g, first)
 
         def one(chunk: Any, place: int) -> None:
-            i = b.add(first, chunk)
-            value, at = pair(i), b.mul(i, _long(4 * LANES))
+            value, at = pair(chunk), b.mul(b.add(first, chunk), _long(4 * LANES))
             if not kind.by:
                 _store(b, value, given.target, at)
             for j, row in enumerate(rows):
@@ -506,8 +510,8 @@ def _in_pairs(b: Any, kind: Loop, given: Given) -> None:
         _store(b, b.fadd(_load(b, at, FLOAT32), total), at)
 
 
-def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callable[[Any], Any]]:
-    """A function of a group, or of two, that gives one of a pair of chunks."""
+def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any, Any], Callable[[Any], Any]]:
+    """A function of a group, or of two, and its first pair of chunks, that gives one of a pair counted from there."""
 
     def grids(g: Any) -> list[Grid]:
         numbers = [g, g] if kind.pairs == 1 else [b.mul(g, _long(2)), b.add(b.mul(g, _long(2)), _long(1))]
@@ -516,52 +520,93 @@ def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callable[[Any], 
     if kind.halved or kind.bits > (4 if kind.pairs == 2 else 6):
         read, level, width = _reading(b, kind), LEVELS[kind.way](b, kind, given.table), kind.bits * LANES // 8
 
-        def computed(g: Any) -> Callable[[Any], Any]:
+        def computed(g: Any, first: Any) -> Callable[[Any], Any]:
             own = grids(g)
 
-            def pair(i: Any) -> Any:
-                at = b.add(given.source, b.mul(i, _long(2 * width)))
+            def pair(chunk: Any) -> Any:
+                at = b.add(given.source, b.mul(b.add(first, chunk), _long(2 * width)))
                 levels = [level(read(b.add(at, _long(half * width)))) for half in (0, 1)]
                 return _joined(b, *(_rounded(b, _scaled(b, *each)) for each in zip(own, levels, strict=True)))
 
-            return lambda i: b.bitcast(pair(i), PAIRS)
+            return lambda chunk: b.bitcast(pair(chunk), PAIRS)
 
         return computed
 
-    levels, places = _all_levels(b, kind, given.table), _reading_places(b, kind)
+    levels = _all_levels(b, kind, given.table)
+    reading = _reading_trits(b, kind, given) if kind.way == TRITS else _reading_places(b, kind, given)
 
-    def tabled(g: Any) -> Callable[[Any], Any]:
+    def tabled(g: Any, first: Any) -> Callable[[Any], Any]:
         """The weights of all codes are made once for a group."""
-        own = grids(g)
+        own, places = grids(g), reading(first)
         if len(levels) == 1:
             tables = [_joined(b, *(_rounded(b, _scaled(b, grid, levels[0])) for grid in own))]
         else:
             each = [_rounded(b, _scaled(b, own[0], level)) for level in levels]
             tables = [_joined(b, *each[first : first + 2]) for first in range(0, len(each), 2)]
-        return lambda i: b.bitcast(_permuted(b, tables, places(b.add(given.source, b.mul(i, width)))), PAIRS)
+        return lambda chunk: b.bitcast(_permuted(b, tables, places(chunk)), PAIRS)
 
-    width = _long(kind.bits * LANES // 4)
     return tabled
 
 
-def _reading_places(b: Any, kind: Loop) -> Callable[[Any], Any]:
-    """Where codes come from: of an address, 2 * LANES of them in lanes of 16 bits. Above a code are bits of others."""
+def _reading_places(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callable[[Any], Any]]:
+    """A function of the first pair of chunks of a group that reads codes into lanes of 16 bits, of a pair from there.
+
+    Above a code are bits of others.
+    """
     size = 16 if kind.bits <= 4 else 32
     starts = [divmod(kind.bits * lane, 8) for lane in range(2 * LANES)]
     pairs = [min(place + j, size - 1) for place, _ in starts for j in (0, 1)]
-    wide = ir.VectorType(INT16, 2 * LANES)
+    shift = _constant([late for _, late in starts], PLACES)
 
-    def read(at: Any) -> Any:
+    def read(first: Any, chunk: Any) -> Any:
+        at = b.add(given.source, b.mul(b.add(first, chunk), _long(kind.bits * LANES // 4)))
         loaded = _load(b, at, ir.VectorType(BYTE, size))
-        places = b.lshr(
-            b.bitcast(_shuffle(b, loaded, loaded, pairs), wide), _constant([late for _, late in starts], wide)
-        )
+        places = b.lshr(b.bitcast(_shuffle(b, loaded, loaded, pairs), PLACES), shift)
         if kind.pairs == 2:  # the second group has the upper half of the table
-            upper = _constant([0] * LANES + [LANES] * LANES, wide)
-            places = b.or_(b.and_(places, _constant(LANES - 1, wide)), upper)
+            upper = _constant([0] * LANES + [LANES] * LANES, PLACES)
+            places = b.or_(b.and_(places, _constant(LANES - 1, PLACES)), upper)
         return places
 
-    return read
+    return lambda first: partial(read, first)
+
+
+def _reading_trits(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callable[[Any], Any]]:
+    """The same of five digits a byte, for a row from a whole byte on.
+
+    Digit d of a byte is the whole part of three times the fraction of byte / 3**(d + 1), which 16 bits are enough for.
+    """
+    phases = TRITS_A_BYTE + max(1, kind.chunks) - 1  # every fifth pair of chunks begins on a whole byte, as the first
+    columns = np.arange(2 * LANES * phases).reshape(phases, 2 * LANES)
+    places, digits = np.divmod(columns, TRITS_A_BYTE)
+    rows = {"places": places - places[:, :1], "factors": -(-(2**16) // 3 ** (digits + 1))}
+    kept = {
+        name: cgutils.global_constant(
+            b, name, ir.Constant(ir.ArrayType(PLACES, phases), [_constant(row, PLACES) for row in table.tolist()])
+        )
+        for name, table in rows.items()
+    }
+    wide, within = ir.VectorType(INT32, 2 * LANES), ir.VectorType(INT16, LANES)
+
+    def phase(i: Any) -> tuple[Any, Any]:
+        """Where the last pair of chunks that begins on a whole byte lies, and how many come before this one."""
+        fives = b.lshr(b.mul(i, _long(52429)), _long(18))  # i / 5, up to 2**16
+        return b.add(given.source, b.shl(fives, _long(5))), b.sub(i, b.mul(fives, _long(5)))
+
+    def read(at: Any, past: Any) -> Any:
+        whole = b.lshr(b.mul(past, _long(205)), _long(5))  # bytes of so many pairs
+        loaded = b.zext(_load(b, at, ir.VectorType(BYTE, LANES), whole), within)
+        own = {name: b.load(b.gep(table, [_long(0), past])) for name, table in kept.items()}
+        codes = _permuted(b, [_joined(b, loaded, loaded)], own["places"])
+        thirds = b.mul(b.zext(b.mul(codes, own["factors"]), wide), _constant(3, wide))
+        return b.trunc(b.lshr(thirds, _constant(16, wide)), PLACES)
+
+    def reading(first: Any) -> Callable[[Any], Any]:
+        if kind.chunks:
+            at, past = phase(first)
+            return lambda chunk: read(at, b.add(past, chunk))
+        return lambda chunk: read(*phase(b.add(first, chunk)))
+
+    return reading
 
 
 def _permuted(b: Any, tables: list[Any], places: Any) -> Any:

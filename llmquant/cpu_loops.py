@@ -30,6 +30,7 @@ from llmquant.cpu_llvm import (
     SHARED,
     SUMS,
     TOGETHER,
+    TRITS_A_BYTE,
     Loop,
     byte_at,
     call,
@@ -90,7 +91,7 @@ class Weight(NamedTuple):
     apart: bool  # groups end within LANES columns: levels are written first, then multiplied by scales
     unrolled: int  # columns that loops multiply by float32 at a time
     unrolled_pairs: int  # by bfloat16
-    rounded: int  # columns that are decoded to bfloat16 at a time
+    rounded: int  # columns that are decoded to bfloat16 at a time, 0: one tile
     # Addresses of loops, 0 where there is none, or none yet: what decodes to float32, and to bfloat16,
     decoding: int = 0
     rounding: int = 0
@@ -214,7 +215,7 @@ def prepare(weight: Encoded) -> Ready:
         apart=apart,
         unrolled=max(1, loops["by_one"].chunks) * LANES if "by_one" in loops else 0,
         unrolled_pairs=max(1, loops["pairs_by_one"].chunks) * 2 * LANES if "pairs_by_one" in loops else 0,
-        rounded=(2 if loops["rounding"].pairs else 1) * LANES,
+        rounded=2 * LANES if loops["rounding"].pairs else 0 if apart or trits else LANES,
     )
     return Ready(array("q", fields), rows, columns, trits, "pairs_by_one" in loops, loops)
 
@@ -237,8 +238,10 @@ def _loops_of(weight: Encoded, groups: int, apart: bool) -> dict[str, Loop]:
         product = product._replace(scale_width=weight.scale.shape[1] // groups, outer=weight.outer.numel() > 0)
     if not (weight.zero.numel() or weight.offset.numel() if trits else apart):
         loops |= {name: product._replace(by=2**number) for number, name in enumerate(BY[4])}
-    if not DOTS or apart or trits or (groups > 1 and group != 16 and group % (2 * LANES)):
+    if not DOTS or apart or (groups > 1 and group != 16 and group % (2 * LANES)):
         return loops
+    if trits and groups > 1 and (COLUMNS % group if group < COLUMNS else group % COLUMNS):
+        return loops  # tiles would not begin on a whole byte
     pair = kind._replace(size=2, pairs=2 if group == 16 else 1)
     chunks = 1 if group == 16 else group // (2 * LANES) if group in (32, 64, 128) else 0
     multiplied = {name: pair._replace(by=2**number, chunks=chunks) for number, name in enumerate(BY[2])}
@@ -301,7 +304,7 @@ def _end_of_tile(w, first):  # type: ignore[no-untyped-def]
 @_compiled(inline="always")
 def _source_of(w, r, first):  # type: ignore[no-untyped-def]
     row = w.tail + (r - w.spared) * w.stride if r >= w.spared else w.packed + r * w.stride
-    return row + first // EIGHT * w.bits
+    return row + (first // TRITS_A_BYTE if w.trits else first // EIGHT * w.bits)
 
 
 @_compiled(inline="always")
@@ -359,7 +362,8 @@ def _prefetch(w, r, first, last):  # type: ignore[no-untyped-def]
     """Have what columns [first, last) of row r are decoded from, where there is such a row."""
     if r < w.rows:
         g, groups = first // w.group, (last - first + w.group - 1) // w.group
-        cpu_llvm.prefetch((_source_of(w, r, first), (last - first) // EIGHT * w.bits))
+        source = _source_of(w, r, first)
+        cpu_llvm.prefetch((source, _source_of(w, r, last) - source))
         cpu_llvm.prefetch((w.scale + r * w.scale_stride + g * w.scale_width, groups * w.scale_width))
         cpu_llvm.prefetch((w.micro + r * w.micro_stride + g, groups if w.micro_stride else 0))
 
@@ -367,8 +371,8 @@ def _prefetch(w, r, first, last):  # type: ignore[no-untyped-def]
 @_compiled()
 def _write(w, r, first, last, target, size, tile):  # type: ignore[no-untyped-def]
     """Columns [first, last) of row r to `target`, in numbers of `size` bytes; tile: room for float32."""
-    loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, LANES)
-    chunks = 0 if w.apart or w.trits else (last - first) // chunk
+    loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, 0 if w.apart or w.trits else LANES)
+    chunks = (last - first) // chunk if chunk else 0
     if chunks:
         _run(w, loop, _source_of(w, r, first), r, first, chunks, _per(w, chunks, chunk), target, 0, 0)
     source, target, first = _address_of(tile), target + size * chunk * chunks, first + chunk * chunks
@@ -391,15 +395,16 @@ def _multiply_few(w, x, x_stride, count, y, size, start, stop):  # type: ignore[
     """
     wide = 4 * LANES // size  # columns of a chunk
     unrolled = w.unrolled if size == 4 else w.unrolled_pairs
-    whole = w.columns if w.trits else w.columns // unrolled * unrolled
+    digits = w.trits and size == 4  # whose chunks are single columns
+    whole = w.columns if digits else w.columns // unrolled * unrolled
     for block in range(start, stop, ROWS):
         end, first = min(stop, block + ROWS), 0
         while first < whole:
-            last = whole if w.trits or count <= 2 else min(whole, _end_of_tile(w, first))
-            chunks = last - first if w.trits else (last - first) // wide
-            per = w.group if w.trits else _per(w, chunks, wide)
+            last = whole if digits or count <= 2 else min(whole, _end_of_tile(w, first))
+            chunks = last - first if digits else (last - first) // wide
+            per = w.group if digits else _per(w, chunks, wide)
             for r in range(block, end):
-                source = w.packed + r * w.stride if w.trits else _source_of(w, r, first)
+                source = _source_of(w, r, first)
                 if last - first < whole:
                     _prefetch(w, r + AHEAD, first, last)
                 m = 0
