@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,9 @@ DOTS = cpu_llvm.DOTS  # see llmquant_kernels.cpu_compiled.Loops
 ROWS = 64  # of the weight whose products with few rows of x stay there too
 AHEAD = 12  # rows of the weight: what is read of one is too little for a processor to see what comes next
 FEW = 8  # rows of x up to which the weight is decoded for each four, or two, or one, of them
+# Rows of x up to which all of it is faster than torch's product with decoded blocks, by bytes of what is multiplied.
+# With AMX, which was not at hand, that product costs next to nothing.
+MOST_ROWS = {4: 128, 2: 16 if "+amx-bf16" in cpu_llvm.FEATURES else 48}
 ROUNDED_UP = {3: 4, 5: 8, 6: 8, 7: 8}  # where to decode once more costs more than to multiply zeros
 # The loops for 1, 2, 4, .. rows of x at a time, in numbers of so many bytes.
 BY = {
@@ -131,6 +135,11 @@ class Ready(NamedTuple):
         for name in names:
             if kind := self.loops.pop(name, None):
                 self.fields[Weight._fields.index(name)] = cpu_llvm.loop(kind).address
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """How many rows of x `multiply` is for."""
+    return MOST_ROWS[2 if dtype == torch.bfloat16 and DOTS else 4]
 
 
 def multiply(weight: Ready, x: Tensor) -> Tensor:
@@ -262,15 +271,24 @@ def _in_threads(weight: Ready, start: int, stop: int, times: int, where: dict[st
 
 
 @cache
-def _team() -> Callable[[int, int, int, int], None]:
+def _team() -> Callable[[int, int, int, int], object]:
     """(function, its argument, threads, 0): call it in each of torch's own threads, which wait for work awake.
 
-    It is what compilers call for a parallel region of OpenMP.
+    It is what compilers call for a parallel region of OpenMP. Where torch has none, plain threads do it.
     """
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
-    parallel = library.GOMP_parallel
+    try:
+        parallel = library.GOMP_parallel
+    except AttributeError:
+        return _in_plain_threads
     parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return parallel
+
+
+def _in_plain_threads(function: int, given: int, threads: int, _: int) -> None:
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, [given] * threads))
 
 
 # ---- compiled
@@ -372,6 +390,8 @@ def _prefetch(w, r, first, last):  # type: ignore[no-untyped-def]
 def _write(w, r, first, last, target, size, tile):  # type: ignore[no-untyped-def]
     """Columns [first, last) of row r to `target`, in numbers of `size` bytes; tile: room for float32."""
     loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, 0 if w.apart or w.trits else LANES)
+    if w.trits and first % (chunk * TRITS_A_BYTE if chunk else 1):  # no whole byte
+        chunk = 0
     chunks = (last - first) // chunk if chunk else 0
     if chunks:
         _run(w, loop, _source_of(w, r, first), r, first, chunks, _per(w, chunks, chunk), target, 0, 0)

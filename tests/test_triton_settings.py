@@ -74,7 +74,7 @@ def test_a_gpu_gets_this_backend_for_any_weight() -> None:
     pytest.importorskip("triton")
     for facts in (
         Facts(4, (64, 256), 128, device="cuda"),
-        Facts(3, (33, 7), 5, zero=None, has_offset=True, device="cuda"),
+        Facts(3, (33, 7), 5, zero=None, device="cuda"),
         Facts(4, (33, 7), 16, has_levels=True, device="cuda"),
         Facts(8, (33, 7), 16, has_levels=True, integer_bits=8, has_micro=True, device="cuda"),
     ):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu import CpuInt4, CpuInt8
 from .cpu_compiled import CpuCompiled
 from .reference import Reference, decode
 from .triton_backend import Triton, TritonExperts
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 # The first that does not refuse is taken. The last one refuses nothing but dtypes.
-BACKENDS: tuple[type[Prepared], ...] = (Triton, CpuInt4, CpuInt8, CpuCompiled, Reference)
+BACKENDS: tuple[type[Prepared], ...] = (Triton, CpuCompiled, Reference)
 
 
 def choose(facts: Facts, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

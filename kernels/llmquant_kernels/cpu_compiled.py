@@ -18,8 +18,6 @@ from .weight import DTYPES, Facts, PackedWeight, Prepared
 # How codes become levels. TABLE: by a table of them. INTEGER: they are integers, two's complement if `sign` is not 0.
 # FLOAT: sign | exponent | mantissa, times a power of two. TRITS: five digits a byte.
 TABLE, INTEGER, FLOAT, TRITS = range(4)
-# Rows of x up to which decoding row by row beats decoding in blocks followed by torch's product, float32 and bfloat16.
-ROWS, ROWS_BF16 = 32, 64
 # Weights decoded at a time, for a product of many rows.
 BLOCK = 2**20
 
@@ -58,6 +56,9 @@ class Loops(Protocol):
 
     DOTS: bool  # whether `multiply` takes bfloat16
 
+    def most_rows(self, dtype: torch.dtype) -> int:
+        """How many rows of x `multiply` is for; for more, blocks of the weight are decoded and multiplied by torch."""
+
     def multiply(self, weight: Any, x: Tensor) -> Tensor:
         """x (rows, in) float32, or bfloat16 where DOTS, contiguous -> (rows, out) float32."""
 
@@ -80,8 +81,8 @@ def _loops() -> Loops:
 class CpuCompiled(Prepared):
     """Any weight, by loops compiled for the CPU at hand.
 
-    Up to ROWS rows of x each row of the weight is decoded and multiplied while it is in the cache, in float32. For more
-    a block of rows at a time is decoded for torch's product, in bfloat16 where the CPU multiplies that, or float32.
+    Few rows of x are multiplied while the weight is decoded, in float32, or bfloat16 where the CPU multiplies that. For
+    more a block of rows of the weight at a time is decoded for torch's product, in the same types.
     Holds the tensors of the PackedWeight and a copy of `zero`; with `keep_decoded` the decoded weight too.
     """
 
@@ -111,7 +112,7 @@ class CpuCompiled(Prepared):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.dtype != self.dtype:
             raise self.wrong_dtype(x)
-        if self.decoded is not None and x.numel() > rows_here(self.dtype) * self.shape[1]:
+        if self.decoded is not None and x.numel() > _loops().most_rows(self.dtype) * self.shape[1]:
             return functional.linear(x, self.decoded, bias)
         if torch.compiler.is_compiling():
             return product(x, bias, self.tensors, self.numbers, self.shape[1])
@@ -145,7 +146,7 @@ def _product(x: Tensor, bias: Tensor | None, weight: Any, shape: tuple[int, int]
     rows, columns = shape
     _check_columns(x, columns)
     flat = x.reshape(-1, columns)
-    if len(flat) > rows_here(x.dtype):
+    if len(flat) > _loops().most_rows(x.dtype):
         return _many_rows(flat, bias, weight, shape).view(*x.shape[:-1], rows)
     own = flat if flat.dtype == torch.bfloat16 and _loops().DOTS else flat.float()
     y = _loops().multiply(weight, own.contiguous())
@@ -166,10 +167,6 @@ def _many_rows(x: Tensor, bias: Tensor | None, weight: Any, shape: tuple[int, in
         own_bias = None if bias is None else bias[start : start + step].to(dtype)
         y[:, start : start + step] = functional.linear(own, block, own_bias)
     return y
-
-
-def rows_here(dtype: torch.dtype) -> int:
-    return ROWS_BF16 if dtype == torch.bfloat16 and multiplies_bfloat16() else ROWS
 
 
 @lru_cache(maxsize=1)

@@ -107,13 +107,9 @@ class PackedWeight:
             shape=self.shape,
             group=self.group,
             zero=None if isinstance(self.zero, Tensor) else self.zero,
-            has_offset=self.offset is not None,
             has_levels=self.levels is not None,
             integer_bits=None if integers is None else bits_of(integers[0]),
-            scale_dtype=self.scale.dtype,
             has_micro=self.micro is not None,
-            signed=self.signed,
-            trits=self.trits,
             device=device or ("cpu" if own == "meta" else own),
         )
 
@@ -126,13 +122,9 @@ class Facts:
     shape: tuple[int, int]  # (out, in)
     group: int
     zero: int | None = 0  # the one zero point, or None where it is a tensor
-    has_offset: bool = False
     has_levels: bool = False
     integer_bits: int | None = None  # of levels that are multiples of a power of two; None where not, or where unknown
-    scale_dtype: torch.dtype = torch.float16
     has_micro: bool = False
-    signed: bool = False
-    trits: bool = False
     device: str = "cpu"  # a device type, without an index
 
 
