@@ -30,6 +30,7 @@ TOGETHER = 4  # rows of the weight that share what is loaded of x
 SHARED = LANES // 4  # rows of x that share what is loaded of the weight, as many as there are registers for
 # Of a group of so many chunks of LANES columns, side by side: no addition waits for the last one.
 SUMS = {1: 1, 2: 1, 4: 1, 8: 2, 16: 4, 0: 4}
+BF16_MANTISSA = 7
 CHAINS = 8  # sums of products of pairs side by side: an addition takes so many cycles, or less
 LINE = 64  # bytes that a cache loads at a time
 TRITS_A_BYTE, TRITS_TOGETHER = 5, 3
@@ -67,9 +68,10 @@ class Loop(NamedTuple):
     offset: bool = False
     by: int = 0  # rows of x that it multiplies by; 0: it writes what it decodes
     size: int = 4  # bytes of a number of x, or of what is written: float32 or bfloat16
-    pairs: int = (
-        0  # with bfloat16, where DOTS: how many groups two chunks lie in, which are read as one; 0: it reads one
-    )
+    # Of bfloat16, where DOTS, two chunks are read as one: how many groups these lie in; 0: one is.
+    pairs: int = 0
+    long: bool = False  # groups are so long that to scale 128 levels for each costs little
+    powers: bool = False  # scales are powers of two, and no weight is too large for bfloat16
 
     @property
     def late(self) -> bool:
@@ -331,22 +333,28 @@ def _as_float(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
 
 def _all_levels(b: Any, kind: Loop, table: Any) -> list[Any]:
     """The levels of all codes in registers, as often as it takes to fill one."""
-    codes = np.arange(max(LANES, 2**kind.bits)) % 2**kind.bits
+    firsts = range(0, max(LANES, 2**kind.bits), LANES)
     if kind.way == TABLE:
-        return [_load(b, table, FLOATS, _long(4 * first)) for first in range(0, len(codes), LANES)]
+        return [_load(b, table, FLOATS, _long(4 * first)) for first in firsts]
     if kind.way == TRITS:
-        return [
-            b.fadd(_splat(b, _load(b, table, FLOAT32)), _constant([float(code % 3) for code in range(LANES)], FLOATS))
-        ]
+        digits = [float(code % 3) for code in range(LANES)]
+        return [b.fadd(_splat(b, _load(b, table, FLOAT32)), _constant(digits, FLOATS))]
+    values = np.resize(levels_of(kind), max(LANES, 2**kind.bits))
+    values = values * (1.0 if kind.bare or kind.way == INTEGER else 2.0**kind.exponent)
+    values += 0.0 if kind.least and kind.way == FLOAT else -0.0
+    return [_constant(values[first : first + LANES].tolist(), FLOATS) for first in firsts]
+
+
+def levels_of(kind: Loop) -> Any:
+    """What INTEGER and FLOAT make of each code, the latter but for the factor 2**exponent, as numpy.float64."""
+    codes = np.arange(2**kind.bits)
     size = codes % kind.sign if kind.sign else codes
     if kind.way == INTEGER:
-        values = (size - (codes & kind.sign) - kind.least).astype(np.float64)
-    else:
-        bits = size << (10 - kind.mantissa) | (codes & kind.sign) << (16 - kind.bits)
-        values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
-        values = values * (1.0 if kind.bare else 2.0**kind.exponent) + (0.0 if kind.least else -0.0)
-        values[size > kind.largest] = np.nan
-    return [_constant(values[first : first + LANES].tolist(), FLOATS) for first in range(0, len(codes), LANES)]
+        return (size - (codes & kind.sign) - kind.least).astype(np.float64)
+    bits = size << (10 - kind.mantissa) | (codes & kind.sign) << (16 - kind.bits)
+    values = bits.astype(np.uint16).view(np.float16).astype(np.float64)
+    values[size > kind.largest] = np.nan
+    return values
 
 
 def _as_it_is(b: Any, kind: Loop, table: Any) -> Callable[[Any], Any]:
@@ -517,41 +525,105 @@ def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any, Any], Callable[[A
         numbers = [g, g] if kind.pairs == 1 else [b.mul(g, _long(2)), b.add(b.mul(g, _long(2)), _long(1))]
         return [_grid(b, kind, given, number) for number in numbers]
 
-    if kind.halved or kind.bits > (4 if kind.pairs == 2 else 6):
-        read, level, width = _reading(b, kind), LEVELS[kind.way](b, kind, given.table), kind.bits * LANES // 8
+    small = not kind.halved and kind.bits <= (4 if kind.pairs == 2 else 6)
+    if small or (kind.long and _has_sign(kind)):
+        return _by_tables(b, kind, given, grids)
+    if kind.powers and (kind.bits <= 6 or _has_sign(kind)):
+        return _by_exponents(b, kind, given, grids)
+    return _by_computing(b, kind, given, grids)
 
-        def computed(g: Any, first: Any) -> Callable[[Any], Any]:
-            own = grids(g)
 
-            def pair(chunk: Any) -> Any:
-                at = b.add(given.source, b.mul(b.add(first, chunk), _long(2 * width)))
-                levels = [level(read(b.add(at, _long(half * width)))) for half in (0, 1)]
-                return _joined(b, *(_rounded(b, _scaled(b, *each)) for each in zip(own, levels, strict=True)))
+def _by_tables(b: Any, kind: Loop, given: Given, grids: Callable[[Any], list[Grid]]) -> Any:
+    """Weights of all codes are made once for a group."""
+    levels = _all_levels(b, kind, given.table)[: 128 // LANES]
+    reading = _reading_trits(b, kind, given) if kind.way == TRITS else _reading_places(b, kind, given, kind.pairs == 2)
 
-            return lambda chunk: b.bitcast(pair(chunk), PAIRS)
-
-        return computed
-
-    levels = _all_levels(b, kind, given.table)
-    reading = _reading_trits(b, kind, given) if kind.way == TRITS else _reading_places(b, kind, given)
-
-    def tabled(g: Any, first: Any) -> Callable[[Any], Any]:
-        """The weights of all codes are made once for a group."""
+    def of_group(g: Any, first: Any) -> Callable[[Any], Any]:
         own, places = grids(g), reading(first)
         if len(levels) == 1:
             tables = [_joined(b, *(_rounded(b, _scaled(b, grid, levels[0])) for grid in own))]
         else:
-            each = [_rounded(b, _scaled(b, own[0], level)) for level in levels]
-            tables = [_joined(b, *each[first : first + 2]) for first in range(0, len(each), 2)]
-        return lambda chunk: b.bitcast(_permuted(b, tables, places(chunk)), PAIRS)
+            tables = _tables(b, [_scaled(b, own[0], level) for level in levels])
+        return lambda chunk: b.bitcast(_found(b, tables, places(chunk)), PAIRS)
 
-    return tabled
+    return of_group
 
 
-def _reading_places(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callable[[Any], Any]]:
+def _by_exponents(b: Any, kind: Loop, given: Given, grids: Callable[[Any], list[Grid]]) -> Any:
+    """Levels of a table, to whose exponents that of the scale is added; a half takes one off."""
+    levels = _all_levels(b, kind, given.table)[: 128 // LANES]
+    tables = _tables(b, levels if len(levels) > 1 else levels * 2)
+    reading = _reading_places(b, kind, given, False)
+    size, sign, one = (_constant(number, PLACES) for number in (0x7FFF, -0x8000, 1 << BF16_MANTISSA))
+
+    def exponent(grid: Grid) -> Any:
+        bits = b.bitcast(b.extract_element(grid.scale, ir.Constant(INT32, 0)), INT32)
+        above = b.sub(b.trunc(b.lshr(bits, ir.Constant(INT32, 16)), INT16), ir.Constant(INT16, 127 << BF16_MANTISSA))
+        return _splat(b, above, SHORTS)
+
+    def of_group(g: Any, first: Any) -> Callable[[Any], Any]:
+        more, places = _joined(b, *(exponent(grid) for grid in grids(g))), reading(first)
+        if kind.halved:
+            bits = _splat(b, _load(b, given.micro, INT16, b.mul(g, _long(2))), PLACES)
+            own = _constant([1 << lane // 2 if lane < 30 else -(2**15) for lane in range(2 * LANES)], PLACES)
+            halves = b.icmp_signed("!=", b.and_(bits, own), _constant(0, PLACES))
+            more = b.select(halves, b.sub(more, one), more)
+
+        def pair(chunk: Any) -> Any:
+            level = _found(b, tables, places(chunk))
+            exact = b.add(b.and_(level, size), more)
+            normal = b.icmp_signed(">=", exact, one)  # what is less than that products take for zero
+            normal = b.and_(normal, b.icmp_signed("!=", b.and_(level, size), _constant(0, PLACES)))
+            exact = b.or_(b.select(normal, exact, _constant(0, PLACES)), b.and_(level, sign))
+            return b.bitcast(exact, PAIRS)
+
+        return pair
+
+    return of_group
+
+
+def _by_computing(b: Any, kind: Loop, given: Given, grids: Callable[[Any], list[Grid]]) -> Any:
+    """Each code is computed in float32, and rounded."""
+    read, level, width = _reading(b, kind), LEVELS[kind.way](b, kind, given.table), kind.bits * LANES // 8
+
+    def of_group(g: Any, first: Any) -> Callable[[Any], Any]:
+        own = grids(g)
+
+        def pair(chunk: Any) -> Any:
+            at = b.add(given.source, b.mul(b.add(first, chunk), _long(2 * width)))
+            levels = [level(read(b.add(at, _long(half * width)))) for half in (0, 1)]
+            return _joined(b, *(_rounded(b, _scaled(b, *each)) for each in zip(own, levels, strict=True)))
+
+        return lambda chunk: b.bitcast(pair(chunk), PAIRS)
+
+    return of_group
+
+
+def _has_sign(kind: Loop) -> bool:
+    """Whether codes are a sign and seven bits of a size, for which a table of sizes is enough."""
+    return kind.way == FLOAT and kind.sign == 128 and not kind.zero and not kind.offset
+
+
+def _tables(b: Any, levels: list[Any]) -> list[Any]:
+    """In bfloat16, 2 * LANES levels each."""
+    rounded = [_rounded(b, level) for level in levels]
+    return [_joined(b, *rounded[first : first + 2]) for first in range(0, len(rounded), 2)]
+
+
+def _found(b: Any, tables: list[Any], places: Any) -> Any:
+    """What tables hold for codes, above whose bits, or 8 bits of a sign and a size, are others."""
+    if len(tables) <= 2:
+        return _permuted(b, tables, places)
+    low, high = (_permuted(b, tables[first : first + 2], places) for first in (0, 2))
+    upper = b.icmp_signed("!=", b.and_(places, _constant(64, PLACES)), _constant(0, PLACES))
+    sign = b.and_(b.shl(places, _constant(8, PLACES)), _constant(-0x8000, PLACES))
+    return b.or_(b.select(upper, high, low), sign)
+
+
+def _reading_places(b: Any, kind: Loop, given: Given, apart: bool) -> Callable[[Any], Callable[[Any], Any]]:
     """A function of the first pair of chunks of a group that reads codes into lanes of 16 bits, of a pair from there.
 
-    Above a code are bits of others.
+    Above a code are bits of others; `apart`: but one that says to which of two groups it belongs.
     """
     size = 16 if kind.bits <= 4 else 32
     starts = [divmod(kind.bits * lane, 8) for lane in range(2 * LANES)]
@@ -562,7 +634,7 @@ def _reading_places(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callabl
         at = b.add(given.source, b.mul(b.add(first, chunk), _long(kind.bits * LANES // 4)))
         loaded = _load(b, at, ir.VectorType(BYTE, size))
         places = b.lshr(b.bitcast(_shuffle(b, loaded, loaded, pairs), PLACES), shift)
-        if kind.pairs == 2:  # the second group has the upper half of the table
+        if apart:
             upper = _constant([0] * LANES + [LANES] * LANES, PLACES)
             places = b.or_(b.and_(places, _constant(LANES - 1, PLACES)), upper)
         return places

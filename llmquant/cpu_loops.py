@@ -39,7 +39,7 @@ from llmquant.cpu_llvm import (
     pointer_to,
     take,
 )
-from llmquant_kernels.cpu_compiled import TRITS, Encoded
+from llmquant_kernels.cpu_compiled import FLOAT, TABLE, TRITS, Encoded
 
 # Columns that are decoded at a time: with those of x they stay in the first cache. A whole number of lanes.
 COLUMNS = 1280
@@ -251,10 +251,25 @@ def _loops_of(weight: Encoded, groups: int, apart: bool) -> dict[str, Loop]:
         return loops
     if trits and groups > 1 and (COLUMNS % group if group < COLUMNS else group % COLUMNS):
         return loops  # tiles would not begin on a whole byte
-    pair = kind._replace(size=2, pairs=2 if group == 16 else 1)
+    powers = weight.scale.shape[1] == groups and _only_exponents(weight, kind)
+    pair = kind._replace(size=2, pairs=2 if group == 16 else 1, long=groups == 1 or group >= 128, powers=powers)
     chunks = 1 if group == 16 else group // (2 * LANES) if group in (32, 64, 128) else 0
     multiplied = {name: pair._replace(by=2**number, chunks=chunks) for number, name in enumerate(BY[2])}
     return {**loops, "rounding": pair, **multiplied}
+
+
+def _only_exponents(weight: Encoded, kind: Loop) -> bool:
+    """Whether scales are powers of two, and no code stands for more than the greatest bfloat16, or for NaN."""
+    if weight.way == TRITS or weight.zero.numel() or weight.offset.numel():
+        return False
+    scale = weight.scales[weight.scale.int()] * (weight.outer if weight.outer.numel() else 1.0)
+    levels = weight.table if weight.way == TABLE else torch.from_numpy(cpu_llvm.levels_of(kind))
+    if weight.bits == 8 and weight.way == FLOAT and kind.largest < 127:
+        levels = levels[: kind.largest + 1]
+        if bool(((weight.packed & 127) > kind.largest).any()):
+            return False
+    powers = bool((scale.frexp().mantissa == 0.5).all() and levels.isfinite().all())
+    return powers and scale.max().item() * levels.abs().max().item() * 2.0**kind.exponent < 2.0**127
 
 
 def _in_threads(weight: Ready, start: int, stop: int, times: int, where: dict[str, int]) -> None:
