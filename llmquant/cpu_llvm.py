@@ -617,7 +617,7 @@ def _found(b: Any, tables: list[Any], places: Any) -> Any:
     low, high = (_permuted(b, tables[first : first + 2], places) for first in (0, 2))
     upper = b.icmp_signed("!=", b.and_(places, _constant(64, PLACES)), _constant(0, PLACES))
     sign = b.and_(b.shl(places, _constant(8, PLACES)), _constant(-0x8000, PLACES))
-    return b.or_(b.select(upper, high, low), sign)
+    return b.xor(b.select(upper, high, low), sign)  # scales may have one too
 
 
 def _reading_places(b: Any, kind: Loop, given: Given, apart: bool) -> Callable[[Any], Callable[[Any], Any]]:
