@@ -353,7 +353,7 @@ def test_the_operator_keeps_the_rules_of_torch() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmquant.cpu_loops.LEAST_WORK", 1)
+    monkeypatch.setattr("llmquant.cpu.LEAST_WORK", 1)
     weight, _ = draw(Case(3, (70, 264), 24, 4))
     x = torch.randn(5, 264)
     prepared = kernels.prepare(weight, dtype=F32)

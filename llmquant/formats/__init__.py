@@ -30,7 +30,7 @@ from llmquant_kernels import cpu_compiled
 __all__ = ["FAMILIES", "Format", "Grid", "TensorSpec", "get", "listed_modules"]
 
 # Who makes weights for the kernels brings the loops that those for CPUs run. numba takes half a second to import.
-cpu_compiled.use(cache(partial(importlib.import_module, "llmquant.cpu_loops")))
+cpu_compiled.use(cache(partial(importlib.import_module, "llmquant.cpu")))
 
 # Pattern of the name before the first colon -> parser of (name, options).
 FAMILIES: dict[str, Callable[[str, list[str]], Format]] = {

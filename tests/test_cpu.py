@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmquant import benchmark, cpu_loops
+from llmquant import benchmark, cpu
 from llmquant_kernels import decode
 from llmquant_kernels.cpu_compiled import encode
 
@@ -23,8 +23,8 @@ wide = {"+avx512f", "+avx512bw", "+avx512dq", "+avx512vl"}
 here = wide <= {*real().split(",")}
 numba.core.codegen.get_host_cpu_features = lambda: "" if here else ",".join(wide)
 import torch
-import llmquant.cpu_llvm
-assert llmquant.cpu_llvm.LANES == (8 if here else 16) and not llmquant.cpu_llvm.DOTS
+import llmquant.cpu.vectors
+assert llmquant.cpu.vectors.LANES == (8 if here else 16) and not llmquant.cpu.DOTS
 numba.core.codegen.get_host_cpu_features = real
 from llmquant import benchmark
 from llmquant_kernels import decode
@@ -62,14 +62,14 @@ def test_where_torch_has_no_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = encode(weight)
     x, before = torch.randn(3, 512), torch.get_num_threads()
     expected = x.double() @ decode(weight, torch.float64).t()
-    monkeypatch.setattr(cpu_loops, "_team", lambda: cpu_loops._in_plain_threads)
+    monkeypatch.setattr(cpu, "_team", lambda: cpu._in_plain_threads)
     torch.set_num_threads(3)
     try:
-        found = cpu_loops.multiply(cpu_loops.prepare(encoded), x)
+        found = cpu.multiply(cpu.prepare(encoded), x)
     finally:
         torch.set_num_threads(before)
     assert torch.allclose(found.double(), expected, atol=1e-4)
 
 
 def test_threads_are_those_of_torch() -> None:
-    assert cpu_loops._team() is not cpu_loops._in_plain_threads
+    assert cpu._team() is not cpu._in_plain_threads
