@@ -10,7 +10,7 @@ from numba import carray, cfunc, njit, types
 
 from llmquant.cpu import instructions
 from llmquant.cpu.codes import TRITS_A_BYTE
-from llmquant.cpu.instructions import SHARED, TOGETHER, byte_at, call, float_at, pointer_to, take
+from llmquant.cpu.instructions import LINE, SHARED, TOGETHER, byte_at, call, float_at, pointer_to, take
 from llmquant.cpu.loops import kept_on_disk, version
 from llmquant.cpu.vectors import EIGHT, LANES
 
@@ -180,10 +180,11 @@ def _write(w, r, first, last, target, size, tile):  # type: ignore[no-untyped-de
     loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, 0 if w.apart or w.trits else LANES)
     if w.trits and first % (chunk * TRITS_A_BYTE if chunk else 1):  # no whole byte
         chunk = 0
-    chunks = (last - first) // chunk if chunk else 0
-    if chunks:
-        _run(w, loop, _source_of(w, r, first), r, first, chunks, _per(w, chunks, chunk), target, 0, 0)
-    source, target, first = _address_of(tile), target + size * chunk * chunks, first + chunk * chunks
+    whole = (last - first) // chunk * chunk if chunk else 0
+    if whole:
+        width = 4 * LANES // size if chunk > LANES else LANES
+        _run(w, loop, _source_of(w, r, first), r, first, whole // width, _per(w, whole // width, width), target, 0, 0)
+    source, target, first = _address_of(tile), target + size * whole, first + whole
     while first < last:
         end = min(last, _end_of_tile(w, first))
         _decode_tile(w, r, first, end, tile)
@@ -258,8 +259,10 @@ def _largest(w, size, count):  # type: ignore[no-untyped-def]
 def _multiply_tiles(w, x, x_stride, count, y, size, start, stop):  # type: ignore[no-untyped-def]
     """The same by TOGETHER rows of the weight, which are decoded, as many columns as the first cache holds."""
     room, wide = np.empty(COLUMNS + 2 * LANES, np.float32), 4 * LANES
-    tile = np.zeros((TOGETHER, size * (COLUMNS + 2 * LANES)), np.uint8)
-    source, stride = np.int64(tile.ctypes.data), tile.shape[1]
+    stride = size * (COLUMNS + 2 * LANES)
+    tile = np.zeros(TOGETHER * stride + LINE, np.uint8)
+    start_of_line = -np.int64(tile.ctypes.data) % LINE
+    source = np.int64(tile.ctypes.data) + start_of_line
     for row in range(start, stop, TOGETHER):
         first = 0
         while first < w.columns:
@@ -270,7 +273,8 @@ def _multiply_tiles(w, x, x_stride, count, y, size, start, stop):  # type: ignor
                 _write(w, row + r, first, last, source + r * stride, size, room)
                 _prefetch(w, row + r + AHEAD, first, last)
             if width < chunks * wide:
-                tile[:, width : chunks * wide] = 0
+                for r in range(TOGETHER):
+                    tile[start_of_line + r * stride + width : start_of_line + r * stride + chunks * wide] = 0
             m = 0
             while m < count:
                 by = SHARED if m + SHARED <= count else 2 if m + 2 <= count else 1

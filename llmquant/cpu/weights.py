@@ -44,6 +44,7 @@ def prepare(weight: Encoded) -> Ready:
     stride, groups = weight.packed.shape[1], -(-columns // weight.group)
     apart, trits = weight.group % LANES != 0 and groups > 1, weight.way == TRITS
     loops = _loops_of(weight, groups, apart)
+    rounding = loops["rounding"]
 
     def row(grid: Tensor) -> int:
         return grid.stride(0) * grid.element_size() if len(grid) > 1 else 0
@@ -85,7 +86,7 @@ def prepare(weight: Encoded) -> Ready:
         apart=apart,
         unrolled=max(1, loops["by_one"].chunks) * LANES if "by_one" in loops else 0,
         unrolled_pairs=max(1, loops["pairs_by_one"].chunks) * 2 * LANES if "pairs_by_one" in loops else 0,
-        rounded=2 * LANES if loops["rounding"].pairs else 0 if apart or trits else LANES,
+        rounded=max(1, rounding.chunks) * 2 * LANES if rounding.pairs else 0 if apart or trits else LANES,
     )
     return Ready(array("q", fields), rows, columns, trits, "pairs_by_one" in loops, loops)
 
@@ -114,8 +115,8 @@ def _loops_of(weight: Encoded, groups: int, apart: bool) -> dict[str, Loop]:
         return loops  # tiles would not begin on a whole byte
     powers = weight.scale.shape[1] == groups and _only_exponents(weight, kind)
     pair = kind._replace(size=2, pairs=2 if group == 16 else 1, long=groups == 1 or group >= 128, powers=powers)
-    chunks = 1 if group == 16 else group // (2 * LANES) if group in (32, 64, 128) else 0
-    multiplied = {name: pair._replace(by=2**number, chunks=chunks) for number, name in enumerate(BY[2])}
+    pair = pair._replace(chunks=1 if group == 16 else group // (2 * LANES) if group in (32, 64, 128) else 0)
+    multiplied = {name: pair._replace(by=2**number) for number, name in enumerate(BY[2])}
     return {**loops, "rounding": pair, **multiplied}
 
 
