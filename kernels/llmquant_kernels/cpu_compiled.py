@@ -18,7 +18,7 @@ from .weight import DTYPES, Facts, PackedWeight, Prepared
 # How codes become levels. TABLE: by a table of them. INTEGER: they are integers, two's complement if `sign` is not 0.
 # FLOAT: sign | exponent | mantissa, times a power of two. TRITS: five digits a byte.
 TABLE, INTEGER, FLOAT, TRITS = range(4)
-# Weights decoded at a time, for a product of many rows.
+# Weights that a thread decodes at a time, for a product of many rows.
 BLOCK = 2**20
 
 
@@ -159,7 +159,7 @@ def _many_rows(x: Tensor, bias: Tensor | None, weight: Any, shape: tuple[int, in
     """x (rows, in) -> (rows, out), by a block of the weight's rows at a time."""
     rows, columns = shape
     dtype = x.dtype if x.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
-    own, step = x.to(dtype), max(16, BLOCK // columns // 16 * 16)
+    own, step = x.to(dtype), max(16, torch.get_num_threads() * BLOCK // columns // 16 * 16)
     y, room = x.new_empty(len(x), rows), torch.empty(min(step, rows), columns, dtype=dtype)
     for start in range(0, rows, step):
         block = room[: min(step, rows - start)]

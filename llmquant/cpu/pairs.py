@@ -93,11 +93,11 @@ def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any, Any], Callable[[A
         numbers = [g, g] if kind.pairs == 1 else [b.mul(g, long(2)), b.add(b.mul(g, long(2)), long(1))]
         return [grid_of(b, kind, given, number) for number in numbers]
 
+    if kind.powers and not kind.long and (kind.halved or kind.bits > 4) and (kind.bits <= 6 or _has_sign(kind)):
+        return _by_exponents(b, kind, given, grids)
     small = not kind.halved and kind.bits <= (4 if kind.pairs == 2 else 6)
     if small or (kind.long and _has_sign(kind)):
         return _by_tables(b, kind, given, grids)
-    if kind.powers and (kind.bits <= 6 or _has_sign(kind)):
-        return _by_exponents(b, kind, given, grids)
     return _by_computing(b, kind, given, grids)
 
 
