@@ -271,6 +271,10 @@ class StreamedModel:
             raise PlanError(f"the model calls {len(calls)} of its {len(self.block_names)} blocks")
         return hidden[0], [calls[block] for block in range(len(calls))]
 
+    def parts(self, block: int) -> list[tuple[str, nn.Module]]:
+        """The modules that a block is made of, by their names in the model."""
+        return [(f"{self.block_names[block]}.{name}", part) for name, part in self._blocks[block].named_children()]
+
     def run_block(self, block: int, hidden: Tensor, call: Call) -> Tensor:
         """The hidden states (batch, tokens, hidden) that a loaded block makes of `hidden`, of the same shape."""
         args, kwargs = call

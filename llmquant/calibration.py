@@ -7,6 +7,7 @@ each linear is calibrated on the inputs it will really get. Only one block is in
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from llmquant.blocks import Call, StreamedModel
 from llmquant.errors import DataError
 from llmquant.experts import Watch
+from llmquant.finished import Finished
 from llmquant.hooks import SeenEnough, hooked
 from llmquant.matrices import Target
 from llmquant.offload import room
@@ -51,6 +53,7 @@ class Streams:
     ranks: Ranks = SINGLE
     _in_place: bool = False  # hidden states are written over, where they lie
     _seen: Seen | None = None  # of the block at hand
+    _finished: Finished | None = None  # of the block at hand, on the quantized stream
 
     @classmethod
     @phase("forward")
@@ -125,12 +128,14 @@ class Streams:
             else:
                 with swap.original():
                     reference = self._run(block, self.reference[i], calls)
-            quantized = self._run(block, self.quantized[i], calls)
+            with self._with_finished(i, see=False):
+                quantized = self._run(block, self.quantized[i], calls)
             if self._in_place:
                 self.reference[i].copy_(reference)
                 self.quantized[i].copy_(quantized)
             else:
                 self.reference[i], self.quantized[i] = reference, quantized
+        self._finished = None
 
     def forward(self, block: int) -> None:
         """The reference alone through the block as it is loaded, of a model that nothing is done to."""
@@ -195,6 +200,16 @@ class Streams:
             self._seen = Seen(block)
         return self._seen
 
+    def finish(self, block: int, parts: list[nn.Module]) -> None:
+        """Tell in which parts of the block at hand nothing will change until the streams have left it."""
+        if self._finished is None:
+            room = SEEN_BYTES - self._seen_of(block).nbytes()
+            self._finished = Finished(len(self.calls), max(0, room))
+        self._finished.parts = parts
+
+    def _with_finished(self, i: int, see: bool = True) -> AbstractContextManager[None]:
+        return nullcontext() if self._finished is None else self._finished.during(i, see)
+
     def _run(self, block: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         return self.model.run_block(block, hidden.to(self.model.device), calls[block])
 
@@ -232,7 +247,8 @@ class Streams:
             reference = self.reference[i].to(self.model.device)
             with swap.original():
                 x_ref, carried_ref = self.inputs(block, stage, reference, self.calls[i][block])
-        x, carried = self.inputs(block, stage, self.quantized[i].to(self.model.device), self.calls[i][block])
+        with self._with_finished(i):
+            x, carried = self.inputs(block, stage, self.quantized[i].to(self.model.device), self.calls[i][block])
         if x is None or x_ref is None:
             return Parcel()
         if x[..., 0].numel() != self.quantized[i][..., 0].numel():
@@ -379,7 +395,8 @@ class Streams:
                 self._run(block, stream[i], self.calls[i])
             return found
 
-        found = run(self.quantized, remember)
+        with self._with_finished(i):
+            found = run(self.quantized, remember)
         with swap.original():
             reference = run(self.reference, repeat)
         pairs = {"x": found, "x_ref": reference}
@@ -414,7 +431,8 @@ class Streams:
             if i not in outputs:
                 with swap.original():
                     outputs[i] = self._run(block, self.reference[i], self.calls[i])
-            found = self._run(block, self.quantized[i], self.calls[i])
+            with self._with_finished(i):
+                found = self._run(block, self.quantized[i], self.calls[i])
             error = ((found - outputs[i]).float() * quieted(outputs[i])).flatten(0, -2)
             error = error[torch.isfinite(error).all(-1)]
             own.append((_in_metric(error, curvature), len(error)))

@@ -144,7 +144,8 @@ def _seen(model: StreamedModel, tokens: int, width: int) -> int:
     """Of what the reference shows of a block, what is kept: all, or what leaves it, or nothing."""
     leaving = tokens * text_config(model.config).hidden_size * model.dtype.itemsize
     entering = 6 * leaving + tokens * width * model.dtype.itemsize
-    return next((nbytes for nbytes in (entering + leaving, leaving) if nbytes <= SEEN_BYTES), 0)
+    kept = next((nbytes for nbytes in (entering + leaving, leaving) if nbytes <= SEEN_BYTES), 0)
+    return kept + (leaving if kept + leaving <= SEEN_BYTES else 0)  # and what finished parts put out
 
 
 def _together(rows: list[Row], tokens: int) -> int:

@@ -82,9 +82,21 @@ def solve_block(
             solved = [results[row.target.name] for row in wanted]
             for result in _judged(prepared, block, streams, curves, swap, solved):
                 results[result.row.target.name] = result
+            streams.finish(block, _finished(prepared, block, results))
     if streams is not None:
         results |= _block_tuned(prepared, block, streams, curves, swap, results)
     return [results[name] for name in rows]
+
+
+def _finished(prepared: Prepared, block: int, results: Container[str]) -> list[nn.Module]:
+    """The parts of a block all of whose matrices have their results, apart from those that are tuned together later."""
+    rows = prepared.plan.of_block(block)
+    found = []
+    for name, part in prepared.model.parts(block):
+        own = [row for row in rows if row.target.parameter.startswith(f"{name}.")]
+        if own and all(row.target.name in results and row.rule.solver not in TUNERS for row in own):
+            found.append(part)
+    return found
 
 
 def _own(

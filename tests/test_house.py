@@ -67,6 +67,7 @@ FORBIDDEN = {
     "experts": [*WRITING, "matrices", "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "hooks": ["*"],
+    "finished": ["*"],
     "stages": ["solvers", "calibration", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "swap": ["solvers", "calibration", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "calibration": ["solvers", "pipeline", "plan", "recipe", "cli", "hf", "linear", "formats"],
