@@ -449,6 +449,7 @@ KINDS = {
     "kmeans4_fp32": Kind(4, 10**9, F16, tables=F32, words=True),
     "kmeans4_g64": Kind(4, 64, F16, tables=BF16),
     "ternary": Kind(2, 128, F16, zero=1, trits=True),
+    "ternary_g16": Kind(2, 16, F16, zero=1, trits=True),
     "ternary_row": Kind(2, 10**9, BF16, zero=1, trits=True),
     "binary": Kind(1, 128, F16, offset=True),
     "e8m0_offset": Kind(4, 32, E8M0, offset=True),

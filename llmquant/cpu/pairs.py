@@ -104,7 +104,13 @@ def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any, Any], Callable[[A
 def _by_tables(b: Any, kind: Loop, given: Given, grids: Callable[[Any], list[Grid]]) -> Any:
     """Weights of all codes are made once for a group."""
     levels = all_levels(b, kind, given.table)[: 128 // LANES]
-    reading = _reading_trits(b, kind, given) if kind.way == TRITS else _reading_places(b, kind, given, kind.pairs == 2)
+    reading = _reading_trits(b, kind, given) if kind.way == TRITS else _reading_places(b, kind, given)
+
+    def found(tables: list[Any], places: Any) -> Any:
+        if kind.pairs == 2:  # the second group has the upper half of the table
+            upper = constant([0] * LANES + [LANES] * LANES, PLACES)
+            places = b.or_(b.and_(places, constant(LANES - 1, PLACES)), upper)
+        return b.bitcast(_found(b, tables, places), PAIRS)
 
     def of_group(g: Any, first: Any) -> Callable[[Any], Any]:
         own, places = grids(g), reading(first)
@@ -112,7 +118,7 @@ def _by_tables(b: Any, kind: Loop, given: Given, grids: Callable[[Any], list[Gri
             tables = [joined(b, *(rounded(b, scaled(b, grid, levels[0])) for grid in own))]
         else:
             tables = _tables(b, [scaled(b, own[0], level) for level in levels])
-        return lambda chunk: b.bitcast(_found(b, tables, places(chunk)), PAIRS)
+        return lambda chunk: found(tables, places(chunk))
 
     return of_group
 
@@ -121,7 +127,7 @@ def _by_exponents(b: Any, kind: Loop, given: Given, grids: Callable[[Any], list[
     """Levels of a table, to whose exponents that of the scale is added; a half takes one off."""
     levels = all_levels(b, kind, given.table)[: 128 // LANES]
     tables = _tables(b, levels if len(levels) > 1 else levels * 2)
-    reading = _reading_places(b, kind, given, False)
+    reading = _reading_places(b, kind, given)
     size, sign, one = (constant(number, PLACES) for number in (0x7FFF, -0x8000, 1 << BF16_MANTISSA))
 
     def exponent(grid: Grid) -> Any:
@@ -188,10 +194,10 @@ def _found(b: Any, tables: list[Any], places: Any) -> Any:
     return b.xor(b.select(upper, high, low), sign)  # scales may have one too
 
 
-def _reading_places(b: Any, kind: Loop, given: Given, apart: bool) -> Callable[[Any], Callable[[Any], Any]]:
+def _reading_places(b: Any, kind: Loop, given: Given) -> Callable[[Any], Callable[[Any], Any]]:
     """A function of the first pair of chunks of a group that reads codes into lanes of 16 bits, of a pair from there.
 
-    Above a code are bits of others; `apart`: but one that says to which of two groups it belongs.
+    Above a code are bits of others.
     """
     size = 16 if kind.bits <= 4 else 32
     starts = [divmod(kind.bits * lane, 8) for lane in range(2 * LANES)]
@@ -201,11 +207,7 @@ def _reading_places(b: Any, kind: Loop, given: Given, apart: bool) -> Callable[[
     def read(first: Any, chunk: Any) -> Any:
         at = b.add(given.source, b.mul(b.add(first, chunk), long(kind.bits * LANES // 4)))
         loaded = load(b, at, ir.VectorType(BYTE, size))
-        places = b.lshr(b.bitcast(shuffle(b, loaded, loaded, pairs), PLACES), shift)
-        if apart:
-            upper = constant([0] * LANES + [LANES] * LANES, PLACES)
-            places = b.or_(b.and_(places, constant(LANES - 1, PLACES)), upper)
-        return places
+        return b.lshr(b.bitcast(shuffle(b, loaded, loaded, pairs), PLACES), shift)
 
     return lambda first: partial(read, first)
 
