@@ -30,7 +30,7 @@ from llmquant import benchmark
 from llmquant_kernels import decode
 from llmquant_kernels.cpu_compiled import CpuCompiled
 for spec in sys.argv[1:]:
-    for shape in ((64, 256), (37, 176)):
+    for shape in ((64, 256), (37, 172)):
         weight = benchmark.of_shape(spec, shape, torch.float32)
         exact = decode(weight, torch.float64)
         for dtype in (torch.float32, torch.bfloat16):

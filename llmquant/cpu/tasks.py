@@ -54,7 +54,8 @@ class Weight(NamedTuple):
     apart: bool  # groups end within LANES columns: levels are written first, then multiplied by scales
     unrolled: int  # columns that loops multiply by float32 at a time
     unrolled_pairs: int  # by bfloat16
-    rounded: int  # columns that are decoded to bfloat16 at a time, 0: one tile
+    decoded: int  # columns that are decoded to float32 at a time, 0: a tile
+    rounded: int  # to bfloat16
     # Addresses of loops, 0 where there is none, or none yet: what decodes to float32, and to bfloat16,
     decoding: int = 0
     rounding: int = 0
@@ -177,12 +178,12 @@ def _prefetch(w, r, first, last):  # type: ignore[no-untyped-def]
 @_compiled()
 def _write(w, r, first, last, target, size, tile):  # type: ignore[no-untyped-def]
     """Columns [first, last) of row r to `target`, in numbers of `size` bytes; tile: room for float32."""
-    loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, 0 if w.apart or w.trits else LANES)
+    loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, w.decoded)
     if w.trits and first % (chunk * TRITS_A_BYTE if chunk else 1):  # no whole byte
         chunk = 0
     whole = (last - first) // chunk * chunk if chunk else 0
     if whole:
-        width = 4 * LANES // size if chunk > LANES else LANES
+        width = 2 * LANES if size == 2 and w.unrolled_pairs else LANES
         _run(w, loop, _source_of(w, r, first), r, first, whole // width, _per(w, whole // width, width), target, 0, 0)
     source, target, first = _address_of(tile), target + size * whole, first + whole
     while first < last:

@@ -86,7 +86,8 @@ def prepare(weight: Encoded) -> Ready:
         apart=apart,
         unrolled=max(1, loops["by_one"].chunks) * LANES if "by_one" in loops else 0,
         unrolled_pairs=max(1, loops["pairs_by_one"].chunks) * 2 * LANES if "pairs_by_one" in loops else 0,
-        rounded=max(1, rounding.chunks) * 2 * LANES if rounding.pairs else 0 if apart or trits else LANES,
+        decoded=0 if apart or trits else max(1, loops["decoding"].chunks) * LANES,
+        rounded=max(1, rounding.chunks) * (2 if rounding.pairs else 0 if apart or trits else 1) * LANES,
     )
     return Ready(array("q", fields), rows, columns, trits, "pairs_by_one" in loops, loops)
 
