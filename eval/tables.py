@@ -52,8 +52,7 @@ CALIBRATION = """
 What `balanced` makes of other tokens: `text` is the model's own kind, `self` its own samples; `tinystories_clean.json`
 is the wrong text for `pycode`, and `pycode` for `stories260K`. `llmquant-balanced-unchecked` took the wrong text as it
 is (`--no-calibration-check`). `llmquant-balanced` notices it, and puts the model's own samples in the place of half of
-it: where there is no row of that here, it has not been measured so, but for the order (mended, no data, wrong text as
-it is) that `tests/test_domain.py` holds for a part of the bundled model.
+it. `tests/test_domain.py` holds the order (mended, no data, wrong text as it is) for a part of the bundled model.
 
 ```
 python eval/compare.py MODEL --text TEXT --methods llmquant-fast llmquant-balanced llmquant-balanced-unchecked \\
