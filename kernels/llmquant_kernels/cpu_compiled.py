@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .weight import DTYPES, Facts, PackedWeight, Prepared
 
@@ -123,12 +124,20 @@ class CpuCompiled(Prepared):
         return super().nbytes + self.encoded.tail.nbytes + self.encoded.zero.nbytes
 
 
+# What loops made of the tensors of an Encoded, by its codes, and where these lay then.
+_prepared = WeakTensorKeyDictionary()
+
+
 @torch.library.custom_op("llmquant::cpu_linear", mutates_args=())
 def product(x: Tensor, bias: Tensor | None, tensors: list[Tensor], numbers: list[int], columns: int) -> Tensor:
     """``x @ w.T + bias``: x (..., columns) -> (..., rows). The rest is an Encoded. What torch.compile sees."""
     shape = tensors[0].shape[0], columns
-    weight = Encoded(shape, *tensors, *numbers)  # type: ignore[arg-type]
-    return _product(x, bias, _loops().prepare(weight), shape)
+    where = [columns, *numbers, *(tensor.data_ptr() for tensor in tensors)]
+    known = _prepared.get(tensors[0])
+    if known is None or known[0] != where:
+        ready = _loops().prepare(Encoded(shape, *tensors, *numbers))  # type: ignore[arg-type]
+        known = _prepared[tensors[0]] = where, ready
+    return _product(x, bias, known[1], shape)
 
 
 @product.register_fake

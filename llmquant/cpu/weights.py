@@ -122,7 +122,7 @@ def _loops_of(weight: Encoded, groups: int, apart: bool) -> dict[str, Loop]:
 
 
 def _only_exponents(weight: Encoded, kind: Loop) -> bool:
-    """Whether scales are powers of two, and no code stands for more than the greatest bfloat16, or for NaN."""
+    """Whether scales are powers of two, no code stands for NaN, and weights have exponents that bfloat16 has."""
     if weight.way == TRITS or weight.zero.numel() or weight.offset.numel():
         return False
     scale = weight.scales[weight.scale.int()] * (weight.outer if weight.outer.numel() else 1.0)
@@ -131,5 +131,7 @@ def _only_exponents(weight: Encoded, kind: Loop) -> bool:
         levels = levels[: kind.largest + 1]
         if bool(((weight.packed & 127) > kind.largest).any()):
             return False
-    powers = bool((scale.frexp().mantissa == 0.5).all() and levels.isfinite().all())
-    return powers and scale.max().item() * levels.abs().max().item() * 2.0**kind.exponent < 2.0**127
+    if not (scale.frexp().mantissa == 0.5).all() or not levels.isfinite().all():
+        return False
+    least, greatest = scale.aminmax()
+    return least.item() >= 2.0**-126 and greatest.item() * levels.abs().max().item() * 2.0**kind.exponent < 2.0**127
