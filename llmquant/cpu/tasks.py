@@ -141,7 +141,7 @@ def _address_of(tile):  # type: ignore[no-untyped-def]
 
 @_compiled()
 def _decode_tile(w, r, first, last, tile):  # type: ignore[no-untyped-def]
-    """Columns [first, last) of row r to tile[8:], rounded up to whole lanes, with zeros there."""
+    """Columns [first, last) of row r to tile[LANES:], rounded up to whole lanes, with zeros there."""
     target, source, width = _address_of(tile), _source_of(w, r, first), last - first
     chunks = (width + LANES - 1) // LANES
     if w.trits:
