@@ -203,8 +203,8 @@ class Streams:
     def finish(self, block: int, parts: list[nn.Module]) -> None:
         """Tell in which parts of the block at hand nothing will change until the streams have left it."""
         if self._finished is None:
-            room = SEEN_BYTES - self._seen_of(block).nbytes()
-            self._finished = Finished(len(self.calls), max(0, room))
+            left = SEEN_BYTES - self._seen_of(block).nbytes()
+            self._finished = Finished(len(self.calls), max(0, left))
         self._finished.parts = parts
 
     def _with_finished(self, i: int, see: bool = True) -> AbstractContextManager[None]:

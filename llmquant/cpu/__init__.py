@@ -50,12 +50,12 @@ def multiply(weight: Ready, x: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16 and rows <= FEW and not weight.pairs:
         x = x.float()
     size, count = x.element_size(), rows
-    if size == 2 and rows in ROUNDED_UP:
-        x, rows = functional.pad(x, (0, 0, 0, ROUNDED_UP[rows] - rows)), ROUNDED_UP[rows]
+    rows = ROUNDED_UP.get(rows, rows) if size == 2 else rows
     weight.compile(_needed(rows, size))
     # What is read behind a row; and rows that lie a power of two apart would take each other's place in the cache.
-    if columns * size % (4 * LANES) or weight.trits or rows > 4:
-        x = functional.pad(x, (0, -columns % (2 * LANES) + 2 * LANES))
+    behind = columns * size % (4 * LANES) or weight.trits or rows > 4
+    if behind or rows > count:
+        x = functional.pad(x, (0, -columns % (2 * LANES) + 2 * LANES if behind else 0, 0, rows - count))
     y = torch.zeros(-(-weight.rows // TOGETHER) * TOGETHER, rows)
     where = {"x": x.data_ptr(), "x_stride": size * x.shape[1], "rows": rows, "y": y.data_ptr(), "size": size}
     _in_threads(weight, 0, weight.rows, rows, where)

@@ -32,6 +32,8 @@ from llmquant.cpu.vectors import (
     long,
     shuffle,
     splat,
+    steps,
+    store,
 )
 from llmquant_kernels.cpu_compiled import FLOAT, INTEGER, TABLE, TRITS
 
@@ -59,7 +61,7 @@ class Loop(NamedTuple):
     # Of bfloat16, where DOTS, two chunks are read as one: how many groups these lie in; 0: one is.
     pairs: int = 0
     long: bool = False  # groups are so long that to scale 128 levels for each costs little
-    powers: bool = False  # scales are powers of two, and no weight is too large for bfloat16
+    powers: bool = False  # scales are powers of two, and are added to exponents: see may_add
 
     @property
     def late(self) -> bool:
@@ -74,6 +76,17 @@ class Loop(NamedTuple):
     def bare(self) -> bool:
         """Whether floating-point levels lack the factor 2**exponent, which scales or sums take."""
         return self.late or (self.pairs > 0 and not self.zero)
+
+    @property
+    def has_sign(self) -> bool:
+        """Whether codes are a sign and seven bits of a size, for which a table of sizes is enough."""
+        return self.way == FLOAT and self.sign == 128 and not self.zero and not self.offset
+
+    @property
+    def may_add(self) -> bool:
+        """Whether scales that are powers of two are better added to exponents of levels than multiplied with these."""
+        plain = self.way != TRITS and not self.zero and not self.offset
+        return plain and not self.long and (self.halved or self.bits > 4) and (self.bits <= 6 or self.has_sign)
 
     @property
     def looked_up(self) -> bool:
@@ -115,9 +128,29 @@ def rows_of(b: Any, kind: Loop, given: Given) -> list[Any]:
     return [b.add(given.x, b.mul(given.x_stride, long(j))) for j in range(kind.by)]
 
 
+def groups_of(b: Any, given: Given, per: Any) -> Any:
+    """How many groups of `per` chunks `given.chunks` makes, the last of which may be short."""
+    return b.udiv(b.add(given.chunks, b.sub(per, long(1))), per)
+
+
 def within(b: Any, given: Given, first: Any, per: Any) -> Any:
     left = b.sub(given.chunks, first)
     return b.select(b.icmp_signed("<", left, per), left, per)
+
+
+def each_chunk(b: Any, kind: Loop, given: Given, first: Any, together: int, one: Callable[[Any, int], None]) -> None:
+    """one(chunk, counted from `first`, and its place) for each of the group that begins there, as `steps` does."""
+    if not kind.chunks:
+        return steps(b, within(b, given, first, given.per), together, one)
+    for place in range(kind.chunks):
+        one(long(place), place)
+
+
+def add_to_sum(b: Any, kind: Loop, given: Given, j: int, total: Any) -> None:
+    """The total of row j of x to what is there of it."""
+    total = b.fmul(total, load(b, given.outer, FLOAT32)) if kind.outer_late else total
+    at = b.add(given.target, long(4 * j))
+    store(b, b.fadd(load(b, at, FLOAT32), total), at)
 
 
 def reading_of(b: Any, kind: Loop) -> Callable[[Any], Any]:
@@ -225,7 +258,7 @@ def all_levels(b: Any, kind: Loop, table: Any) -> list[Any]:
         digits = [float(code % 3) for code in range(LANES)]
         return [b.fadd(splat(b, load(b, table, FLOAT32)), constant(digits, FLOATS))]
     values = np.resize(levels_of(kind), max(LANES, 2**kind.bits))
-    values = values * (1.0 if kind.bare or kind.way == INTEGER else 2.0**kind.exponent)
+    values = values * (1.0 if kind.bare else 2.0**kind.exponent)
     values += 0.0 if kind.least and kind.way == FLOAT else -0.0
     return [constant(values[first : first + LANES].tolist(), FLOATS) for first in firsts]
 

@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 
 from llmquant.cpu.vectors import (
     BYTE,
+    DOTS,
     EIGHT_FLOATS,
     FLOAT32,
     FLOATS,
@@ -19,10 +20,9 @@ from llmquant.cpu.vectors import (
     INT64,
     LANES,
     PAIRS,
+    added,
     at,
     constant,
-    dot,
-    fused,
     load,
     long,
     rounded,
@@ -59,49 +59,55 @@ def call(b: Any, address: Any, *given: Any) -> None:
     b.call(b.inttoptr(address, function), [b.ptrtoint(place, INT64)])
 
 
-def _products(kind: Any, by: int) -> Any:
-    multiplied = fused if kind is FLOATS else dot
+def _of_size(b: Any, size: Any, write: Callable[[Any], None]) -> None:
+    """write(the vector of a chunk) for numbers of `size` bytes: float32, or bfloat16, twice as many to a chunk."""
+    for kind, own in ((FLOATS, 4), (PAIRS, 2))[: 2 if DOTS else 1]:
+        with b.if_then(b.icmp_signed("==", size, long(own))):
+            write(kind)
 
-    @_written
-    def run(b: Any, tile: Any, tile_stride: Any, x: Any, x_stride: Any, y: Any, y_stride: Any, chunks: Any) -> None:
-        """(address and bytes from row to row of: TOGETHER rows of the weight, `by` rows of x, products; chunks)
 
-        Products are added to what is there. Each is the sum of the same LANES sums whatever `by` is.
-        """
-        places = [(i, j) for i in range(TOGETHER) for j in range(by)]
-        sums = {place: cgutils.alloca_once_value(b, constant(0.0, FLOATS)) for place in places}
-        rows = [b.add(tile, b.mul(tile_stride, long(i))) for i in range(TOGETHER)]
-        others = [b.add(x, b.mul(x_stride, long(j))) for j in range(by)]
-        with cgutils.for_range(b, chunks) as step:
-            offset = b.mul(step.index, long(4 * LANES))
-            own, other = ([load(b, at, kind, offset) for at in addresses] for addresses in (rows, others))
-            for i, j in places:
-                b.store(multiplied(b, own[i], other[j], b.load(sums[i, j])), sums[i, j])
+@_written
+def products(b: Any, size: Any, by: Any, *given: Any) -> None:
+    """(bytes of a number; how many rows of x; what `_products_by` is given)"""
+
+    def write(kind: Any) -> None:
+        for own in sorted({1, 2, SHARED}):
+            with b.if_then(b.icmp_signed("==", by, long(own))):
+                _products_by(b, kind, own, *given)
+
+    _of_size(b, size, write)
+
+
+def _products_by(
+    b: Any, kind: Any, by: int, tile: Any, tile_stride: Any, x: Any, x_stride: Any, y: Any, y_stride: Any, chunks: Any
+) -> None:
+    """(address and bytes from row to row of: TOGETHER rows of the weight, `by` rows of x, products; chunks)
+
+    Products are added to what is there. Each is the sum of the same LANES sums whatever `by` is.
+    """
+    places = [(i, j) for i in range(TOGETHER) for j in range(by)]
+    sums = {place: cgutils.alloca_once_value(b, constant(0.0, FLOATS)) for place in places}
+    rows = [b.add(tile, b.mul(tile_stride, long(i))) for i in range(TOGETHER)]
+    others = [b.add(x, b.mul(x_stride, long(j))) for j in range(by)]
+    with cgutils.for_range(b, chunks) as step:
+        offset = b.mul(step.index, long(4 * LANES))
+        own, other = ([load(b, at, kind, offset) for at in addresses] for addresses in (rows, others))
         for i, j in places:
-            at = b.add(y, b.add(b.mul(y_stride, long(i)), long(4 * j)))
-            store(b, b.fadd(load(b, at, FLOAT32), sum_of(b, b.load(sums[i, j]))), at)
-
-    return run
-
-
-# Of float32, and of bfloat16, whose chunks have twice as many columns.
-by_one, by_two, by_four = (_products(FLOATS, by) for by in (1, 2, 4))
-pairs_by_one, pairs_by_two, pairs_by_four = (_products(PAIRS, by) for by in (1, 2, 4))
+            b.store(added(b, own[i], other[j], b.load(sums[i, j])), sums[i, j])
+    for i, j in places:
+        at = b.add(y, b.add(b.mul(y_stride, long(i)), long(4 * j)))
+        store(b, b.fadd(load(b, at, FLOAT32), sum_of(b, b.load(sums[i, j]))), at)
 
 
-def _adding(kind: Any) -> Any:
-    multiplied = fused if kind is FLOATS else dot
+@_written
+def add_products(b: Any, size: Any, tile: Any, x: Any, y: Any) -> None:
+    """(bytes of a number; addresses of a chunk, of one of x, and of what the sum of their products is added to)"""
 
-    @_written
-    def run(b: Any, tile: Any, x: Any, y: Any) -> None:
-        """(addresses of a chunk, of one of x, and of the number that the sum of their products is added to)"""
-        total = sum_of(b, multiplied(b, load(b, tile, kind), load(b, x, kind), constant(0.0, FLOATS)))
+    def write(kind: Any) -> None:
+        total = sum_of(b, added(b, load(b, tile, kind), load(b, x, kind), constant(0.0, FLOATS)))
         store(b, b.fadd(load(b, y, FLOAT32), total), y)
 
-    return run
-
-
-add_products, add_pairs = _adding(FLOATS), _adding(PAIRS)
+    _of_size(b, size, write)
 
 
 @_written

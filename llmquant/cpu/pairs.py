@@ -21,16 +21,17 @@ from llmquant.cpu.codes import (
     Given,
     Grid,
     Loop,
+    add_to_sum,
     all_levels,
+    each_chunk,
     grid_of,
+    groups_of,
     reading_of,
     rows_of,
     scaled,
-    within,
 )
 from llmquant.cpu.vectors import (
     BYTE,
-    FLOAT32,
     INT16,
     INT32,
     LANES,
@@ -49,7 +50,7 @@ from llmquant.cpu.vectors import (
     store,
     sum_of,
 )
-from llmquant_kernels.cpu_compiled import FLOAT, TRITS
+from llmquant_kernels.cpu_compiled import TRITS
 
 CHAINS = 8  # sums of products of pairs side by side: an addition takes so many cycles, or less
 BF16_MANTISSA = 7
@@ -67,23 +68,18 @@ def in_pairs(b: Any, kind: Loop, given: Given) -> None:
         pair = weights(g, first)
 
         def one(chunk: Any, place: int) -> None:
+            place += number * kind.chunks
             value, at = pair(chunk), b.mul(b.add(first, chunk), long(4 * LANES))
             if not kind.by:
                 store(b, value, given.target, at)
             for j, row in enumerate(rows):
                 sums[j].add(place % together, value, load(b, row, PAIRS, at))
 
-        if kind.chunks:
-            for place in range(kind.chunks):
-                one(long(place), number * kind.chunks + place)
-        else:
-            steps(b, within(b, given, first, per), together, one)
+        each_chunk(b, kind, given, first, together, one)
 
-    steps(b, b.udiv(b.add(given.chunks, b.sub(per, long(1))), per), groups, one_group)
+    steps(b, groups_of(b, given, per), groups, one_group)
     for j in range(kind.by):
-        at, total = b.add(given.target, long(4 * j)), sum_of(b, sums[j].total())
-        total = b.fmul(total, load(b, given.outer, FLOAT32)) if kind.outer_late else total
-        store(b, b.fadd(load(b, at, FLOAT32), total), at)
+        add_to_sum(b, kind, given, j, sum_of(b, sums[j].total()))
 
 
 def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any, Any], Callable[[Any], Any]]:
@@ -93,10 +89,10 @@ def _pairs(b: Any, kind: Loop, given: Given) -> Callable[[Any, Any], Callable[[A
         numbers = [g, g] if kind.pairs == 1 else [b.mul(g, long(2)), b.add(b.mul(g, long(2)), long(1))]
         return [grid_of(b, kind, given, number) for number in numbers]
 
-    if kind.powers and not kind.long and (kind.halved or kind.bits > 4) and (kind.bits <= 6 or _has_sign(kind)):
+    if kind.powers:
         return _by_exponents(b, kind, given, grids)
     small = not kind.halved and kind.bits <= (4 if kind.pairs == 2 else 6)
-    if small or (kind.long and _has_sign(kind)):
+    if small or (kind.long and kind.has_sign):
         return _by_tables(b, kind, given, grids)
     return _by_computing(b, kind, given, grids)
 
@@ -171,11 +167,6 @@ def _by_computing(b: Any, kind: Loop, given: Given, grids: Callable[[Any], list[
         return lambda chunk: b.bitcast(pair(chunk), PAIRS)
 
     return of_group
-
-
-def _has_sign(kind: Loop) -> bool:
-    """Whether codes are a sign and seven bits of a size, for which a table of sizes is enough."""
-    return kind.way == FLOAT and kind.sign == 128 and not kind.zero and not kind.offset
 
 
 def _tables(b: Any, levels: list[Any]) -> list[Any]:

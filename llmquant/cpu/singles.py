@@ -7,7 +7,21 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from llmquant.cpu.codes import LEVELS, TRITS_A_BYTE, Given, Loop, grid_of, placed, reading_of, rows_of, scaled, within
+from llmquant.cpu.codes import (
+    LEVELS,
+    TRITS_A_BYTE,
+    Given,
+    Loop,
+    add_to_sum,
+    each_chunk,
+    grid_of,
+    groups_of,
+    placed,
+    reading_of,
+    rows_of,
+    scaled,
+    within,
+)
 from llmquant.cpu.vectors import (
     BYTE,
     EIGHT,
@@ -41,14 +55,11 @@ def in_singles(b: Any, kind: Loop, given: Given) -> None:
         total = sum_of(b, eight)
         if kind.late:
             total = b.fmul(total, ir.Constant(FLOAT32, 2.0**kind.exponent))
-            total = b.fmul(total, load(b, given.outer, FLOAT32)) if kind.outer_late else total
-        at = b.add(given.target, long(4 * j))
-        store(b, b.fadd(load(b, at, FLOAT32), total), at)
+        add_to_sum(b, kind, given, j, total)
 
 
 def _groups(b: Any, given: Given, per: Any) -> Any:
-    """A loop over the groups that `given.chunks` makes, the last of which may be short."""
-    return cgutils.for_range(b, b.udiv(b.add(given.chunks, b.sub(per, long(1))), per))
+    return cgutils.for_range(b, groups_of(b, given, per))
 
 
 def _decoded(b: Any, kind: Loop, given: Given) -> None:
@@ -64,11 +75,7 @@ def _decoded(b: Any, kind: Loop, given: Given) -> None:
             value = value if kind.size == 4 else rounded(b, value)
             store(b, value, given.target, b.mul(i, long(kind.size * LANES)))
 
-        if kind.chunks:
-            for place in range(kind.chunks):
-                one(long(place), place)
-        else:
-            steps(b, within(b, given, first, per), 1, one)
+        each_chunk(b, kind, given, first, 1, one)
 
 
 def _multiplied(b: Any, kind: Loop, given: Given) -> list[Any]:
@@ -91,11 +98,7 @@ def _multiplied(b: Any, kind: Loop, given: Given) -> list[Any]:
                 if shifts:
                     shifts[j].add(own, constant(1.0, FLOATS), x)
 
-        if kind.chunks:
-            for place in range(kind.chunks):
-                one(long(place), place)
-        else:
-            steps(b, within(b, given, first, per), together, one)
+        each_chunk(b, kind, given, first, together, one)
         for j in range(kind.by):
             totals.add(j, sums[j].total(), grid.scale)
             if shifts:

@@ -145,9 +145,10 @@ def _decode_tile(w, r, first, last, tile):  # type: ignore[no-untyped-def]
     target, source, width = _address_of(tile), _source_of(w, r, first), last - first
     chunks = (width + LANES - 1) // LANES
     if w.trits:
-        source, past = w.packed + r * w.stride + first // 5, first % 5
-        for i in range((past + width + 4) // 5):  # of the eight three are overwritten
-            instructions.copy_eight((target + 4 * (5 * i - past), w.table + 32 * np.int64(byte_at(source + i))))
+        past = first % TRITS_A_BYTE
+        for i in range((past + width + TRITS_A_BYTE - 1) // TRITS_A_BYTE):  # of the eight three are overwritten
+            place = target + 4 * (TRITS_A_BYTE * i - past)
+            instructions.copy_eight((place, w.table + 32 * np.int64(byte_at(source + i))))
         source = target
     if not (w.apart and w.trits):
         _run(w, w.decoding, source, r, first, chunks, _per(w, chunks, LANES), target, 0, 0)
@@ -179,7 +180,7 @@ def _prefetch(w, r, first, last):  # type: ignore[no-untyped-def]
 def _write(w, r, first, last, target, size, tile):  # type: ignore[no-untyped-def]
     """Columns [first, last) of row r to `target`, in numbers of `size` bytes; tile: room for float32."""
     loop, chunk = (w.rounding, w.rounded) if size == 2 else (w.decoding, w.decoded)
-    if w.trits and first % (chunk * TRITS_A_BYTE if chunk else 1):  # no whole byte
+    if w.trits and chunk and first % (chunk * TRITS_A_BYTE):  # no whole byte
         chunk = 0
     whole = (last - first) // chunk * chunk if chunk else 0
     if whole:
@@ -237,11 +238,8 @@ def _multiply_rest(w, x, x_stride, count, y, size, start, stop, first):  # type:
         _write(w, r, first, w.columns, source, size, room)
         for m in range(count):
             for c in range(0, size * (w.columns - first), wide):
-                given = (source + c, x + m * x_stride + size * first + c, y + 4 * (r * count + m))
-                if size == 4:
-                    instructions.add_products(given)
-                else:
-                    instructions.add_pairs(given)
+                shown = x + m * x_stride + size * first + c
+                instructions.add_products((size, source + c, shown, y + 4 * (r * count + m)))
 
 
 @_compiled(inline="always")
@@ -280,26 +278,9 @@ def _multiply_tiles(w, x, x_stride, count, y, size, start, stop):  # type: ignor
             while m < count:
                 by = SHARED if m + SHARED <= count else 2 if m + 2 <= count else 1
                 at = (source, stride, x + x_stride * m + size * first, x_stride)
-                _products(size, by, (*at, y + 4 * (row * count + m), 4 * count, chunks))
+                instructions.products((size, by, *at, y + 4 * (row * count + m), 4 * count, chunks))
                 m += by
             first = last
-
-
-@_compiled(inline="always")
-def _products(size, by, given):  # type: ignore[no-untyped-def]
-    if size == 4:
-        if by == 4:
-            instructions.by_four(given)
-        elif by == 2:
-            instructions.by_two(given)
-        else:
-            instructions.by_one(given)
-    elif by == 4:
-        instructions.pairs_by_four(given)
-    elif by == 2:
-        instructions.pairs_by_two(given)
-    else:
-        instructions.pairs_by_one(given)
 
 
 @_compiled()

@@ -89,20 +89,12 @@ def sum_of(b: Any, vector: Any) -> Any:
     return b.extract_element(vector, ir.Constant(INT32, 0))
 
 
-def fused(b: Any, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z, rounded once where the processor can."""
-    return b.fadd(b.fmul(x, y, flags=("contract",)), z, flags=("contract",))
-
-
-def dot(b: Any, x: Any, y: Any, z: Any) -> Any:
-    """z + the products of x and y, bfloat16, by two."""
-    if DOTS:
+def added(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """z + x * y, rounded once where the processor can; of PAIRS, where DOTS, the products by two."""
+    if x.type == PAIRS:
         kind = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
         return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [z, x, y])
-    for shift, mask in ((16, -1), (0, -(2**16))):  # every second one, as the upper half of a float32
-        upper = [b.and_(b.shl(b.bitcast(vector, INTS), constant(shift)), constant(mask)) for vector in (x, y)]
-        z = fused(b, b.bitcast(upper[0], FLOATS), b.bitcast(upper[1], FLOATS), z)
-    return z
+    return b.fadd(b.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
 def rounded(b: Any, value: Any) -> Any:
@@ -126,8 +118,7 @@ class Sums:
 
     def add(self, number: int, x: Any, y: Any) -> None:
         """x * y to one of them."""
-        multiplied = dot if x.type == PAIRS else fused
-        self.b.store(multiplied(self.b, x, y, self.b.load(self.places[number])), self.places[number])
+        self.b.store(added(self.b, x, y, self.b.load(self.places[number])), self.places[number])
 
     def all(self) -> list[Any]:
         return [self.b.load(place) for place in self.places]

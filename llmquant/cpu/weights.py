@@ -114,8 +114,9 @@ def _loops_of(weight: Encoded, groups: int, apart: bool) -> dict[str, Loop]:
         return loops
     if trits and groups > 1 and (COLUMNS % group if group < COLUMNS else group % COLUMNS):
         return loops  # tiles would not begin on a whole byte
-    powers = weight.scale.shape[1] == groups and _only_exponents(weight, kind)
-    pair = kind._replace(size=2, pairs=2 if group == 16 else 1, long=groups == 1 or group >= 128, powers=powers)
+    pair = kind._replace(size=2, pairs=2 if group == 16 else 1, long=groups == 1 or group >= 128)
+    if pair.may_add and kind.scale_width == 1:
+        pair = pair._replace(powers=_only_exponents(weight, kind))
     pair = pair._replace(chunks=1 if group == 16 else group // (2 * LANES) if group in (32, 64, 128) else 0)
     multiplied = {name: pair._replace(by=2**number) for number, name in enumerate(BY[2])}
     return {**loops, "rounding": pair, **multiplied}
@@ -123,8 +124,6 @@ def _loops_of(weight: Encoded, groups: int, apart: bool) -> dict[str, Loop]:
 
 def _only_exponents(weight: Encoded, kind: Loop) -> bool:
     """Whether scales are powers of two, no code stands for NaN, and weights have exponents that bfloat16 has."""
-    if weight.way == TRITS or weight.zero.numel() or weight.offset.numel():
-        return False
     scale = weight.scales[weight.scale.int()] * (weight.outer if weight.outer.numel() else 1.0)
     levels = weight.table if weight.way == TABLE else torch.from_numpy(levels_of(kind))
     if weight.bits == 8 and weight.way == FLOAT and kind.largest < 127:
