@@ -19,7 +19,7 @@ from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.checkpoint import MANIFEST, Checkpoint
 from llmquant.errors import DataError, OutputError, PlanError
-from llmquant.formats import Format, Grid
+from llmquant.formats import Format
 from llmquant.output import CALIBRATION
 from llmquant.recipe import Recipe, Rule
 from llmquant.solvers import Solution, gptq
@@ -348,10 +348,8 @@ def test_a_step_that_improves_its_own_figures_and_harms_the_block_is_taken_back(
     assert sum(step["kept"] for step in sound) > 6
     assert all(step["kept"] == (step["error"] < step["before"]) for step in sound)
 
-    def spoilt(
-        w: Tensor, _: Tensor, __: Tensor, grid: Grid, fmt: Format, ___: Tensor, stats: Stats, *____: Any
-    ) -> Solution:
-        return gptq.solution(w, fmt.encode(-w, grid), grid, fmt, stats)
+    def spoilt(aim: gptq.Aim, start: gptq.Rounded, fmt: Format, _: Tensor, stats: Stats, *__: Any) -> Solution:
+        return gptq.solution(aim.w, fmt.encode(-aim.w, start.grid), start.grid, fmt, stats)
 
     monkeypatch.setattr(gptq, "two_sided", spoilt)
     assert not any(step["kept"] for step in steps("spoilt"))

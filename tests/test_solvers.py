@@ -80,7 +80,7 @@ def test_with_inputs_that_have_nothing_in_common_the_sweep_is_plain_rounding(spe
     fmt, w = settled(spec), weight()
     grid = fmt.fit(w)
     lattice = fmt.lattice(grid)
-    places = gptq.sweep(w, algebra.Metric.of(torch.eye(112)), lattice)
+    places, _ = gptq.sweep(w, algebra.Metric.of(torch.eye(112)), lattice)
     assert torch.equal(fmt.decode(lattice.codes[places.int()], grid), fmt.decode(fmt.encode(w, grid), grid))
 
 
@@ -90,7 +90,7 @@ def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
     hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
     lattice = fmt.lattice(grid)
-    places = gptq.sweep(w, algebra.Metric.of(hessian), lattice)
+    places, _ = gptq.sweep(w, algebra.Metric.of(hessian), lattice)
 
     def loss() -> float:
         error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
@@ -117,7 +117,7 @@ def test_coarse_scales_are_chosen_again_and_the_loss_only_falls(spec: str) -> No
     fmt, w = settled(spec), weight()
     hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
-    places = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
+    places, _ = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
 
     def losses(places: Tensor, grid: formats.Grid) -> Tensor:
         error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
@@ -145,7 +145,7 @@ def test_a_wrong_exponent_is_put_right(spec: str) -> None:
         wrong = fmt.alternative(grid, which)
         assert wrong is not None
         start = replace(grid, scale=wrong[1])
-        places = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(start))
+        places, _ = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(start))
         lost = (fmt.decode(fmt.lattice(start).codes[places.int()], start) - w).square().sum()
         found, places = coarse.choose(w, places, start, fmt, hessian)
         again = (fmt.decode(fmt.lattice(found).codes[places.int()], found) - w).square().sum()
@@ -196,7 +196,7 @@ def test_sweep_is_the_textbook_algorithm() -> None:
     fmt, w = settled("int3:g28"), weight(6, 56)
     hessian = algebra.damped(calibrated(56).hessian, 0.05)
     grid = fmt.fit(w)
-    places = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
+    places, _ = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
     order = hessian.diagonal().argsort(descending=True, stable=True).tolist()
     rest, inverse = w.double().clone(), hessian.double().inverse()
     wanted = torch.empty(6, 56)
@@ -213,7 +213,7 @@ def test_sweep_is_the_textbook_algorithm() -> None:
 
 def target(w: Tensor, stats: Stats) -> Tensor:
     assert stats.held is not None
-    return gptq.aimed(w, stats, 0.03, stats.held.missed(w))
+    return gptq.aimed(w, stats, 0.03, stats.held.missed(w)).at
 
 
 def test_target_is_what_least_squares_gives() -> None:
@@ -276,7 +276,7 @@ def test_no_hessian_breaks_it(kind: str) -> None:
 def test_a_step_that_loses_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep that has gone wrong: what is kept is the rounding before it, and the record says so."""
     fmt, w, stats = settled("int4:g32"), weight(), calibrated()
-    monkeypatch.setattr(gptq, "sweep", lambda aim, felt, lattice: torch.zeros(aim.shape, dtype=torch.uint8))
+    monkeypatch.setattr(gptq, "sweep", lambda aim, felt, lattice: (torch.zeros(aim.shape, dtype=torch.uint8), aim))
     solution = SOLVERS["gptq"](w, stats, fmt, rounds=0)
     plain = SOLVERS["rtn"](w, stats, fmt)
     assert [(step.name, step.kept) for step in solution.steps] == [("rounding", True), ("sweep", False)]

@@ -121,9 +121,9 @@ class Metric:
         return cls(hessian, order, factor, tuple(noted))
 
     def solved(self, right: Tensor) -> Tensor:
-        """right hessian^-1, for right (rows, in), which is overwritten."""
+        """right hessian^-1, for right (rows, in)."""
         found = solved(right[:, self.order], self.factor)
-        return right.index_copy_(1, self.order, found)
+        return found[:, self.order.argsort()]
 
 
 def metric(stats: Stats, damp: float) -> Metric:

@@ -14,31 +14,42 @@ from torch import Tensor
 
 from llmquant.formats import Format, Grid
 from llmquant.solvers import loops
-from llmquant.solvers.algebra import of_columns, product, robust_factor, solved, steps_of
+from llmquant.solvers.algebra import of_columns, product, robust_factor, solved
 
 
-def choose(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
-    """The grid and the places (out, in) uint8, after every other scale that the format names has been tried once."""
+def choose(
+    w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, felt: Tensor | None = None
+) -> tuple[Grid, Tensor]:
+    """The grid and the places (out, in) uint8, after every other scale that the format names has been tried once.
+
+    felt: (Q - w) H (out, in) float32, where it is known; it becomes that at what is found.
+    """
     which = 0
     while (other := fmt.alternative(grid, which)) is not None:
-        grid, places = _tried(w, places, grid, *other, fmt, hessian)
+        felt = product(loops.missed(w, places, fmt.lattice(grid)), hessian) if felt is None else felt
+        grid, places = _tried(w, places, grid, *other, fmt, hessian, felt)
         which += 1
     return grid, places
 
 
 def _tried(
-    w: Tensor, places: Tensor, grid: Grid, width: int, scale: Tensor, fmt: Format, hessian: Tensor
+    w: Tensor,
+    places: Tensor,
+    grid: Grid,
+    width: int,
+    scale: Tensor,
+    fmt: Format,
+    hessian: Tensor,
+    felt: Tensor,
 ) -> tuple[Grid, Tensor]:
-    lattice = fmt.lattice(replace(grid, scale=scale))
-    old = fmt.lattice(grid)
-    error = steps_of(places, old).mul_(of_columns(old.scale, w.shape[1], old.group)).sub_(w)
-    gradient = product(error, hessian)
+    """With one other scale for each `width` columns."""
+    lattice, error = fmt.lattice(replace(grid, scale=scale)), loops.missed(w, places, fmt.lattice(grid))
     places, chosen = places.clone(), grid.scale.clone()
     for start in range(0, w.shape[1], width):
         here = slice(start, min(start + width, w.shape[1]))
         groups = slice(start // grid.group, -(-here.stop // grid.group))
         local, mine = hessian[here, here], error[:, here]
-        rest = gradient[:, here] - mine @ local  # what the errors of other columns ask for
+        rest = felt[:, here] - mine @ local  # what the errors of other columns ask for
         factor = robust_factor(local)
         goal = w[:, here] - solved(rest.clone(), factor)
         columns = torch.arange(start, here.stop, device=w.device)
@@ -47,7 +58,7 @@ def _tried(
         levels = lattice.levels.expand(len(w), -1).gather(1, found.long())
         new = levels * of_columns(scale[:, groups], here.stop - start, grid.group) - w[:, here]
         better = _loss(new, local, rest) < _loss(mine, local, rest)
-        gradient.addmm_((new - mine) * better.unsqueeze(1), hessian[here])
+        felt.addmm_((new - mine) * better.unsqueeze(1), hessian[here])
         places[better, here], error[better, here], chosen[better, groups] = (
             each[better] for each in (found, new, scale[:, groups])
         )

@@ -21,7 +21,7 @@ for the block to decide.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -69,91 +69,139 @@ def solve(
     ladder = Ladder(w, stats.held)
     importance = stats.importance()
     ladder.offer("rounding", *fmt.quantize(w, importance, clip=clip), fmt)
-    aim = aimed(w, stats, damp, ladder.missed) if target else w
+    aim = aimed(w, stats, damp, ladder.missed) if target else Aim.plain(w)
     felt = metric(stats, damp)
-    from_grid = partial(_from_grid, aim, fmt=fmt, felt=felt, rounds=rounds, exponents=exponents)
-    places, grid = from_grid(fmt.fit(aim, importance, clip=clip), ladder=ladder)
-    others = [(None, clip), (None, "minmax")][: starts - 1]
-    for weights, rule in others:
-        other = from_grid(fmt.fit(aim, weights, clip=rule), ladder=None)
-        places, grid = _best_rows(aim, felt.hessian, fmt, (places, grid), other)
-    if others:
-        ladder.offer("starts", fmt.lattice(grid).codes[places.int()], grid, fmt)
-    hessian, found = felt.hessian, row_losses(w, ladder.codes, ladder.grid, fmt, stats)
-    best = Solution(ladder.codes, ladder.grid, stats.mean(found), tuple(ladder.steps))
+    rules = [(importance, clip), (None, clip), (None, "minmax")][: max(1, starts)]
+    grids = [fmt.fit(aim.at, weights, clip=rule) for weights, rule in rules]
+    swept = [Rounded(grid, *sweep(aim.at, felt, fmt.lattice(grid))) for grid in grids]
+    hessian = felt.hessian
+    del felt  # its factor is as large as the Hessian
     if stats.last:
         stats.shared.clear()
-        del felt, from_grid  # as large as the Hessian
+    descended = partial(_descended, aim.at, fmt=fmt, hessian=hessian, rounds=rounds, exponents=exponents)
+    found = descended(swept.pop(0), ladder=ladder)
+    while swept:
+        found = _best_rows(aim.at, fmt, found, descended(swept.pop(0), ladder=None))
+    if len(grids) > 1:
+        ladder.offer("starts", found.codes(fmt), found.grid, fmt)
+    losses = aim.losses(found, fmt, stats, hessian)
+    leaning = _leaning(found.felt, found.grid, fmt, hessian) if lean else None
+    best = Solution(ladder.codes, ladder.grid, stats.mean(losses), tuple(ladder.steps), lean=leaning)
+    if not ladder.steps[-1].kept:
+        best = replace(best, loss=solution(w, best.codes, best.grid, fmt, stats).loss)
+        if lean:
+            missed = fmt.decode(best.codes, best.grid).sub_(aim.at)
+            best = replace(best, lean=_leaning(product(missed, hessian), best.grid, fmt, hessian))
     if stats.curvature is not None and rounds:
-        before = found if ladder.steps[-1].kept else None
-        best = replace(best, rival=two_sided(w, aim, places, grid, fmt, hessian, stats, before))
-    return _leaning(best, aim, fmt, hessian) if lean else best
+        best = replace(best, rival=two_sided(aim, found, fmt, hessian, stats, losses, leaning))
+    return best
 
 
-def _from_grid(
-    aim: Tensor, grid: Grid, fmt: Format, felt: Metric, rounds: int, exponents: bool, ladder: Ladder | None
-) -> tuple[Tensor, Grid]:
-    """Sweep, refit and descend: places and grid. What each step finds is offered to the ladder, if there is one."""
+@dataclass
+class Rounded:
+    """A weight as it is rounded so far, and the gradient there.
+
+    grid; places (out, in) uint8 of its levels; felt (out, in) float32: D H, D = Q - W* and H damped. As long as it is
+    kept up to date no step has to multiply by H again, nor has who asks what was lost.
+    """
+
+    grid: Grid
+    places: Tensor
+    felt: Tensor
+
+    def codes(self, fmt: Format) -> Tensor:
+        return fmt.lattice(self.grid).codes[self.places.int()]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What to round: w (out, in), at: W* (out, in), and apart (out,): the energy of W* - w in the damped Hessian."""
+
+    w: Tensor
+    at: Tensor
+    apart: Tensor
+
+    @classmethod
+    def plain(cls, w: Tensor) -> Aim:
+        return cls(w, w, w.new_zeros(len(w)))
+
+    def losses(self, found: Rounded, fmt: Format, stats: Stats, hessian: Tensor) -> Tensor:
+        """What every row loses of its outputs (out,), summed over tokens: (Q - w) H (Q - w)^T, from the gradient.
+
+        hessian: the damped one, of which what was added is taken off again.
+        """
+        error = loops.missed(self.w, found.places, fmt.lattice(found.grid))
+        total = torch.linalg.vecdot(error + self.at - self.w, found.felt).add_(self.apart)
+        added = (hessian.diagonal() - stats.hessian.diagonal()).clamp_min_(0).sqrt_()
+        return total.sub_(torch.linalg.vecdot(error.mul_(added), error)).clamp_min_(0)
+
+
+def _descended(
+    aim: Tensor, found: Rounded, fmt: Format, hessian: Tensor, rounds: int, exponents: bool, ladder: Ladder | None
+) -> Rounded:
+    """Refit and descend from what the sweep has left. The ladder, if there is one, is offered what each step finds."""
 
     def offer(name: str) -> None:
         if ladder is not None:
-            ladder.offer(name, fmt.lattice(grid).codes[places.int()], grid, fmt)
+            ladder.offer(name, found.codes(fmt), found.grid, fmt)
 
-    places = sweep(aim, felt, fmt.lattice(grid))
     offer("sweep")
+    grid, places, felt = found.grid, found.places, found.felt
     together = len(grid.scale) == len(aim) and grid.group <= WIDE  # refit and descent, block by block
     for round in range(rounds):
         if not together:
-            grid = refit.scales(aim, places, grid, fmt, felt.hessian)
+            grid = refit.scales(aim, places, grid, fmt, hessian, felt)
         if grid.levels is not None:
-            grid, places = refit.tables(aim, places, grid, fmt, felt.hessian)
+            grid, places = refit.tables(aim, places, grid, fmt, hessian)
+            felt = product(loops.missed(aim, places, fmt.lattice(grid)), hessian)
         if exponents:
-            grid, places = coarse.choose(aim, places, grid, fmt, felt.hessian)
+            grid, places = coarse.choose(aim, places, grid, fmt, hessian, felt)
         if together:
-            grid, places = refine(aim, places, grid, fmt, felt.hessian)
+            grid, places = refine(aim, places, grid, fmt, hessian, felt)
         else:
-            places, _ = loops.descend(aim, places, fmt.lattice(grid), felt.hessian)
+            places, _ = loops.descend(aim, places, fmt.lattice(grid), hessian, felt=felt)
+        found = Rounded(grid, places, felt)
         offer(f"descent {round + 1}")
     if rounds and (not together or grid.levels is not None):
-        grid, places = refit.refit(aim, places, grid, fmt, felt.hessian)
+        grid, places = refit.refit(aim, places, grid, fmt, hessian)
+        found = Rounded(grid, places, product(loops.missed(aim, places, fmt.lattice(grid)), hessian))
         offer("refit")
-    return places, grid
+    return found
 
 
-def refine(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> tuple[Grid, Tensor]:
+def refine(
+    w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, felt: Tensor | None = None
+) -> tuple[Grid, Tensor]:
     """One descent in which the scale of every group is refit when its turn comes: grid and places (out, in)."""
     grid = replace(grid, scale=grid.scale.clone())
 
     def stored(scale: Tensor, group: int) -> Tensor:
         return fmt.storable(scale, grid, group)
 
-    places, _ = loops.descend(w, places, fmt.lattice(grid), hessian, stored=stored)
+    places, _ = loops.descend(w, places, fmt.lattice(grid), hessian, felt=felt, stored=stored)
     return grid, places
 
 
-def _best_rows(
-    aim: Tensor, hessian: Tensor, fmt: Format, one: tuple[Tensor, Grid], other: tuple[Tensor, Grid]
-) -> tuple[Tensor, Grid]:
-    """Of two solutions, places and grid, every row of the one that loses less; all rows where they share a scale."""
-    losses = []
-    for places, grid in (one, other):
-        missed = fmt.decode(fmt.lattice(grid).codes[places.int()], grid).sub_(aim)
-        losses.append(row_energy(missed, hessian))
-    better = losses[1] < losses[0]
-    mixed = one[1].rows_of(other[1], better)
+def _best_rows(aim: Tensor, fmt: Format, one: Rounded, other: Rounded) -> Rounded:
+    """Every row of the one that loses less; all rows where they share a scale."""
+    first, second = (
+        torch.linalg.vecdot(loops.missed(aim, each.places, fmt.lattice(each.grid)), each.felt) for each in (one, other)
+    )
+    better = second < first
+    mixed = one.grid.rows_of(other.grid, better)
     if mixed is None:
-        return other if losses[1].sum(dtype=torch.float64) < losses[0].sum(dtype=torch.float64) else one
-    return torch.where(better.unsqueeze(1), other[0], one[0]), mixed
+        return other if second.sum(dtype=torch.float64) < first.sum(dtype=torch.float64) else one
+    for mine, theirs in ((one.places, other.places), (one.felt, other.felt)):
+        mine[better] = theirs[better]
+    return replace(one, grid=mixed)
 
 
-def _leaning(found: Solution, aim: Tensor, fmt: Format, hessian: Tensor) -> Solution:
-    """With what coordinate descent would move each weight by, all others as they are, if levels were everywhere."""
-    missed = fmt.decode(found.codes, found.grid).sub_(aim).neg_()
-    levels = fmt.lattice(found.grid).levels
-    gap = of_columns(found.grid.scale, aim.shape[1], found.grid.group) * gaps(levels)
-    lean = product(missed, hessian).div_(hessian.diagonal()).div_(gap).nan_to_num_(0.0).clamp_(-1, 1)
-    rival = found.rival and _leaning(found.rival, aim, fmt, hessian)
-    return replace(found, lean=lean.half(), rival=rival)
+def _leaning(felt: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> Tensor:
+    """What coordinate descent would move each weight by, all others as they are, if levels were everywhere: see
+    Solution.
+    """
+    gap = of_columns(grid.scale, len(hessian), grid.group) * gaps(fmt.lattice(grid).levels)
+    return (felt / -hessian.diagonal()).div_(gap).nan_to_num_(0.0).clamp_(-1, 1).half()
 
 
 def solution(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) -> Solution:
@@ -166,33 +214,33 @@ def row_losses(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, stats: Stats) 
 
 
 def two_sided(
-    w: Tensor,
-    aim: Tensor,
-    places: Tensor,
-    grid: Grid,
+    aim: Aim,
+    start: Rounded,
     fmt: Format,
     hessian: Tensor,
     stats: Stats,
-    before: Tensor | None = None,
+    before: Tensor,
+    leaning: Tensor | None = None,
 ) -> Solution:
     """What descent on tr(G D H D^T) finds, D = Q - aim, with scales as they are and G in blocks (blocks, b, b).
 
-    before: the losses of rows (out,) at `places`, where these are known.
+    start: its gradient is overwritten; before: what its rows lose (out,); leaning: see Solution, of the start.
     Source: the curvature of K-FAC (arXiv:1503.05671) as the metric of rounding, as in A. Tseng et al., "YAQA",
     arXiv:2505.22988.
     """
     curvature = stats.curvature
     assert curvature is not None
-    lattice = fmt.lattice(grid)
+    lattice, felt = fmt.lattice(start.grid), start.felt
     mean = curvature.diagonal(dim1=1, dim2=2).mean()
     raised = curvature + OUTPUT_DAMP * mean * torch.eye(curvature.shape[1], device=curvature.device)
-    found, _ = loops.descend(aim, places, lattice, hessian, raised, sweeps=OUTPUT_SWEEPS)
-    codes, old = lattice.codes[found.int()], lattice.codes[places.int()]
-    before = row_losses(w, old, grid, fmt, stats) if before is None else before
-    after = row_losses(w, codes, grid, fmt, stats)
+    places, _ = loops.descend(aim.at, start.places, lattice, hessian, raised, felt=felt, sweeps=OUTPUT_SWEEPS)
+    found = replace(start, places=places)
+    after = aim.losses(found, fmt, stats, hessian)
     spent = after > ROW_LIMIT * before
-    codes[spent] = old[spent]
-    return Solution(codes, grid, stats.mean(torch.where(spent, before, after)))
+    places[spent] = start.places[spent]
+    if leaning is not None:
+        leaning = torch.where(spent.unsqueeze(1), leaning, _leaning(felt, found.grid, fmt, hessian))
+    return Solution(found.codes(fmt), found.grid, stats.mean(torch.where(spent, before, after)), lean=leaning)
 
 
 class Ladder:
@@ -220,11 +268,11 @@ class Ladder:
             self.codes, self.grid, self.best = codes, grid, error
 
 
-def aimed(w: Tensor, stats: Stats, damp: float, missed: Tensor | None) -> Tensor:
+def aimed(w: Tensor, stats: Stats, damp: float, missed: Tensor | None) -> Aim:
     """w + a (W* - w), with the a in [0, 1] of least loss on held-out tokens; missed (tokens, out): see Held."""
     held = stats.held
     if held is None or missed is None or not w.any():  # a matrix of zeros adds nothing, and should not begin to
-        return w
+        return Aim.plain(w)
     cross, wanted = stats.spend()
     wanted = product(w, cross, wanted)  # (out, in)
     del cross  # before there are more matrices as large as the Hessian
@@ -232,17 +280,27 @@ def aimed(w: Tensor, stats: Stats, damp: float, missed: Tensor | None) -> Tensor
     effect = product(held.x, change.T)
     overlap = float(torch.linalg.vecdot(effect, missed).sum(dtype=torch.float64))
     step = min(1.0, max(0.0, overlap / max(energy(effect), 1e-30)))
-    return change.mul_(step).add_(w)
+    apart = torch.linalg.vecdot(change, wanted).mul_(step**2).clamp_min_(0)  # change H change^T
+    return Aim(w, change.mul_(step).add_(w), apart)
 
 
-def sweep(w: Tensor, felt: Metric, lattice: Lattice) -> Tensor:
-    """Places (out, in) uint8 of the levels chosen, columns of large diagonal first, the grid fixed beforehand."""
-    error = torch.empty_like(w)  # its columns in the order they are visited
+def sweep(w: Tensor, felt: Metric, lattice: Lattice) -> tuple[Tensor, Tensor]:
+    """Places (out, in) uint8 of the levels chosen, columns of large diagonal first, the grid fixed beforehand; and
+    (Q - w) H (out, in), nearly half of which has been multiplied out by then.
+    """
+    state = w[:, felt.order]  # columns in the order they are visited: w, then Q - w
+    whitened = torch.empty_like(w)  # (Q - w) U
     places = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, w.shape[1], loops.BLOCK):
-        here = slice(start, min(start + loops.BLOCK, w.shape[1]))
-        columns, mix = felt.order[here], felt.factor[: here.stop, here]
-        mix = mix / mix[start:].diagonal()
-        state = product(error[:, :start], mix[:start], alpha=-1)
-        places[:, columns], error[:, here] = loops.gptq_block(w[:, columns], state, mix[start:], lattice, columns)
-    return places
+    blocks = [slice(start, min(start + loops.BLOCK, w.shape[1])) for start in range(0, w.shape[1], loops.BLOCK)]
+    for here in blocks:
+        own = felt.factor[here, here]
+        product(state[:, : here.start], felt.factor[: here.start, here], whitened[:, here].zero_())
+        asked = whitened[:, here] / -own.diagonal()
+        columns, part = felt.order[here], state[:, here].clone()
+        places[:, here], state[:, here] = loops.gptq_block(part, asked, own / own.diagonal(), lattice, columns)
+        whitened[:, here].addmm_(state[:, here], own)
+    for here in blocks:
+        whitened[:, here] = product(whitened[:, here.start :], felt.factor[here, here.start :].T)
+    back = felt.order.argsort()
+    loops.arrange(whitened, back)
+    return places[:, back], whitened

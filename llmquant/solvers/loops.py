@@ -136,6 +136,7 @@ def descend(
     hessian: Tensor,
     curvature: Tensor | None = None,
     *,
+    felt: Tensor | None = None,
     sweeps: int = 1,
     block: int = BLOCK,
     rows: Tensor | None = None,
@@ -149,40 +150,53 @@ def descend(
     bool: rows that may change. Columns go by descending H_cc, and the rows of a block by descending G_rr. Returns the
     places found and how many elements each sweep changed. The bits do not depend on the number of threads.
 
+    felt: D H (out, in) float32 at `places`, where it is known; it becomes that at the places found.
     stored: for G = I alone, refit: the scales of `lattice` are overwritten, and whole groups go by their descending sum
     of H_cc, their columns as before.
     """
     sweep = sweep or _sweep_for(w)
     diagonal = hessian.diagonal().clamp(min=TINY)
     order = by_size(diagonal, None if stored is None else lattice.group)
+    error = missed(w, places, lattice)
+    felt = product(error, hessian) if felt is None else felt
+    for each in (error, felt):
+        arrange(each, order)
     rounding, places = _rounding(lattice, order), places[:, order]
     free = torch.ones(len(w), dtype=torch.bool, device=w.device) if rows is None else rows
     coupling, turns = (None, None) if curvature is None else _coupled(curvature, len(w))
-    blocks = list(_blocks(order, block, None if stored is None else lattice.group))
-    error = torch.empty_like(w)  # D, its columns in the order they are visited
-    for here in blocks:
-        error[:, here] = rounding.columns(here).values(places[:, here], slice(None)) - w[:, order[here]]
-    felt = torch.empty_like(w) if sweeps > 1 else None  # D H: found in the first sweep, then kept up to date
     changes = []
-    for number in range(sweeps):
+    for _ in range(sweeps):
         before = places.clone()
-        for here in blocks:
+        for here in _blocks(order, block, None if stored is None else lattice.group):
             own = order[here]
-            near = hessian[own][:, order]  # (k, in)
-            steps = product(error, near.T) if felt is None or number == 0 else felt[:, here]
-            if felt is not None and number == 0:
-                felt[:, here] = steps
-            steps = steps / -diagonal[own]
+            near, part = hessian[own][:, order], rounding.columns(here)  # near (k, in)
+            mix = near[:, here] / diagonal[own]
+            steps = felt[:, here] / -diagonal[own]
             steps = steps if coupling is None else _product_of_blocks(steps, coupling)
-            part, mix = rounding.columns(here), near[:, here] / diagonal[own]
+            change = error[:, here].neg()
             if stored is not None:
                 _refit(error[:, here], steps, mix, diagonal[own], part, places[:, here], free, stored)
-            moved = sweep(steps, None, mix, part, places[:, here], coupling, turns, free)
-            error[:, here] += moved
-            if felt is not None:  # wherever it will be wanted again
-                _spread(moved, near, felt, 0 if number < sweeps - 1 else here.stop, here.stop if number == 0 else None)
+            error[:, here] += sweep(steps, None, mix, part, places[:, here], coupling, turns, free)
+            _spread(change.add_(error[:, here]), near, felt)
         changes.append(int((places != before).sum()))
-    return torch.empty_like(places).index_copy_(1, order, places), changes
+    back = order.argsort()
+    arrange(felt, back)
+    return places[:, back], changes
+
+
+def missed(w: Tensor, places: Tensor, lattice: Lattice) -> Tensor:
+    """Q - w (out, in), Q being the levels that the places (out, in) uint8 say."""
+    error = torch.empty_like(w)
+    for columns in torch.arange(w.shape[1], device=w.device).split(BLOCK):
+        here = slice(int(columns[0]), int(columns[-1]) + 1)
+        error[:, here] = _rounding(lattice, columns).values(places[:, here], slice(None)) - w[:, here]
+    return error
+
+
+def arrange(x: Tensor, order: Tensor) -> None:
+    """Put the columns of x (out, in) in that order, in place."""
+    for rows in x.split(ROWS_TOGETHER):
+        rows.copy_(rows[:, order])
 
 
 def by_size(diagonal: Tensor, group: int | None = None) -> Tensor:
@@ -243,17 +257,16 @@ def _refit(
         steps.addcmul_(felt, change[:, None], value=-1)
 
 
-def _spread(moved: Tensor, near: Tensor, felt: Tensor, start: int, stop: int | None) -> None:
-    """Add moved (out, k) @ near (k, in) to the columns from start to stop of felt (out, in).
+def _spread(moved: Tensor, near: Tensor, felt: Tensor) -> None:
+    """Add moved (out, k) @ near (k, in) to felt (out, in).
 
     Few codes change in one sweep, and zeros are passed over where that is faster.
     """
-    stop = felt.shape[1] if stop is None else stop
     if felt.device.type != "cpu" or int(moved.count_nonzero()) * SPARSE > moved.numel():
-        product(moved, near[:, start:stop], felt[:, start:stop])
+        product(moved, near, felt)
     else:
         arrays = [tensor.numpy() for tensor in (moved.contiguous(), near.contiguous(), felt)]
-        _in_threads(len(felt), partial(_compiled(_spread_rows, SPREAD), *arrays, start, stop))
+        _in_threads(len(felt), partial(_compiled(_spread_rows, SPREAD), *arrays))
 
 
 def _coupled(curvature: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -366,7 +379,7 @@ SWEEP = (
     "float32[:,:], float32[:,:], float32[:,:], int64[:], float32[:,:,::1], int64[:,::1], boolean[:], float32,"
     "float32, int64, int64, int64)"
 )
-SPREAD = "void(float32[:,::1], float32[:,::1], float32[:,::1], int64, int64, int64, int64)"
+SPREAD = "void(float32[:,::1], float32[:,::1], float32[:,::1], int64, int64)"
 
 
 @cache
@@ -381,14 +394,14 @@ def _compiled(loop: Callable[..., None], signature: str) -> Callable[..., None]:
         return compiler()(loop)
 
 
-def _spread_rows(moved: Array, near: Array, felt: Array, start: int, stop: int, first: int, last: int) -> None:
+def _spread_rows(moved: Array, near: Array, felt: Array, first: int, last: int) -> None:
     """Rows first..last of what `_spread` adds. numba compiles this."""
     for r in range(first, last):
-        own = felt[r, start:stop]
+        own = felt[r]
         for c in range(len(near)):
             by = moved[r, c]
             if by != 0:
-                along = near[c, start:stop]
+                along = near[c]
                 for j in range(len(own)):
                     own[j] += by * along[j]
 

@@ -10,7 +10,6 @@ Source of updating a codebook by the Hessian: M. van Baalen et al., "GPTVQ", arX
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import PIECE
 from llmquant.formats.kmeans import KMeans
+from llmquant.solvers import loops
 from llmquant.solvers.algebra import of_columns, product, steps_of
 from llmquant.stats import row_energy
 
@@ -28,20 +28,21 @@ def refit(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -
     return (grid, places) if grid.levels is None else tables(w, places, grid, fmt, hessian)
 
 
-def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) -> Grid:
-    """Group after group the scale of least loss for the codes as they are, kept where its stored value is better."""
+def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, felt: Tensor | None = None) -> Grid:
+    """Group after group the scale of least loss for the codes as they are, kept where its stored value is better.
+
+    felt: (Q - w) H (out, in) float32, where it is known; it becomes that on the grid found.
+    """
     if len(grid.scale) != len(w):  # one scale for all rows: it is not the rows' to choose
         return grid
     lattice = fmt.lattice(grid)
     steps = steps_of(places, lattice)
-    offset: Any = 0.0 if lattice.offset is None else of_columns(lattice.offset, w.shape[1], grid.group)
-    residual = w - steps * of_columns(grid.scale, w.shape[1], grid.group) - offset
-    gradient = product(residual, hessian)
+    felt = product(loops.missed(w, places, lattice), hessian) if felt is None else felt
     scale = grid.scale.clone()
     for index, start in enumerate(range(0, w.shape[1], grid.group)):
         columns = slice(start, min(start + grid.group, w.shape[1]))
         mine = steps[:, columns]
-        slope = (mine * gradient[:, columns]).sum(1)
+        slope = -torch.linalg.vecdot(mine, felt[:, columns])
         bend = row_energy(mine, hessian[columns, columns])
         wanted = torch.where(bend > 0, scale[:, index] + slope / bend, scale[:, index])
         wanted = fmt.storable(wanted, grid, index)
@@ -50,7 +51,7 @@ def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor) 
         change = torch.where(better, change, 0.0)
         # not scale + change, which need not be what a file can hold
         scale[:, index] = torch.where(better, wanted, scale[:, index])
-        product(mine * change.unsqueeze(1), hessian[columns, columns.stop :], gradient[:, columns.stop :], -1)
+        product(mine * change.unsqueeze(1), hessian[columns], felt)
     return replace(grid, scale=scale)
 
 
