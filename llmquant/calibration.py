@@ -482,8 +482,7 @@ class Streams:
                 "NaN or Inf: the model overflows in its own type; try --dtype float32, or --quality fast, which needs "
                 "no calibration"
             )
-        for total in stats.sums():
-            self.ranks.spread(total)
+        stats.put_together(self.ranks.spread)
         return stats
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmquant.products import product
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
 SEEN_BYTES = 2**29  # of what the reference shows of a block that is kept, for it not to be run again and again
@@ -71,20 +74,31 @@ class Stats:
         self.tokens += len(x)
         for rows in self._own(x.shape[1]):
             own = x[:, rows]
-            self.hessian[rows].addmm_(own.T, x)
-            self.cross[rows].addmm_((x_ref[:, rows] - own).T, x)
+            product(own.T, x[:, rows.start :], self.hessian[rows, rows.start :])
+            self._mirror(rows)
+            product((x_ref[:, rows] - own).T, x, self.cross[rows])
         if rest:
             if self.debt is None:
                 self.debt = torch.zeros(rest[0].shape[1], x.shape[1], device=x.device)
             for rows in self._own(len(self.debt)):
-                self.debt[rows].addmm_(rest[0][:, rows].T, x)
+                product(rest[0][:, rows].T, x, self.debt[rows])
+
+    def _mirror(self, rows: slice) -> None:
+        """Make columns of the Hessian what these rows of it are, from the diagonal on."""
+        own = self.hessian[rows, rows]
+        own.copy_(own.triu() + own.triu(1).T)
+        self.hessian[rows.stop :, rows] = self.hessian[rows, rows.stop :].T
+
+    def put_together(self, spread: Callable[[Tensor], None]) -> None:
+        """With spread(sum): to all processes the rows that each has added up, see `share`."""
+        for total in [self.hessian, self.cross, *([] if self.debt is None else [self.debt])]:
+            spread(total)
+        for rows in slabs(len(self.hessian)):
+            self._mirror(rows)
 
     def _own(self, rows: int) -> list[slice]:
         first, step = self.share
         return slabs(rows)[first::step]
-
-    def sums(self) -> list[Tensor]:
-        return [self.hessian, self.cross, *([] if self.debt is None else [self.debt])]
 
     def hold(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None, *, most: int = HELD) -> None:
         """Keep tokens to judge on, out of the sums; of more than `most` so many, evenly spread."""
@@ -200,12 +214,10 @@ def row_energy(w: Tensor, hessian: Tensor) -> Tensor:
     """w_r H w_r^T of every row of w (out, in) for a symmetric H: half of a product, and no copy of w."""
     total = w.new_zeros(len(w))
     for start in range(0, w.shape[1], TERMS):
-        own = w[:, start : start + TERMS]
-        stop = start + own.shape[1]
-        felt = own @ hessian[start:stop, start:stop]
-        for later in range(stop, w.shape[1], TERMS):
-            there = slice(later, later + TERMS)
-            felt.addmm_(w[:, there], hessian[there, start:stop], alpha=2)
+        here = slice(start, start + TERMS)
+        own = w[:, here]
+        felt = product(own, hessian[here, here])
+        product(w[:, here.stop :], hessian[here.stop :, here], felt, 2)
         total += torch.linalg.vecdot(felt, own)
     return total
 

@@ -232,7 +232,7 @@ def test_shares_of_sums_make_up_the_sums(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = [Stats.empty(12, share=(first, 3)) for first in range(3)]
     for part in parts:
         part.update(x, x_ref, debt)
-    for number, wanted in enumerate((x.T @ x, (x_ref - x).T @ x, debt.T @ x)):
-        sums = [part.sums()[number] for part in parts]
+    for name, wanted in (("hessian", x.T @ x), ("cross", (x_ref - x).T @ x), ("debt", debt.T @ x)):
+        sums = [getattr(part, name) for part in parts]
         torch.testing.assert_close(sums[0] + sums[1] + sums[2], wanted)
         assert all(torch.count_nonzero(torch.stack(sums), dim=0).flatten() <= 1)

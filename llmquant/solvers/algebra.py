@@ -1,7 +1,6 @@
 """What solvers do to matrices alike: damp a Hessian and factor it, lay out what groups of columns share.
 
-How a long sum is cut up among threads would change its bits. So products are added up in runs of terms that no library
-cuts, and factors are made of such products: the bits are the same for any number of threads.
+Factors and what they solve are made of products, whose bits are the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -12,30 +11,27 @@ import torch
 from torch import Tensor
 
 from llmquant.formats.base import Lattice
+from llmquant.products import product
 from llmquant.solvers.base import note_recovery, recoveries
 from llmquant.stats import Stats
 
 DAMPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-# Terms of a product that are added up in one go: MKL does not cut up to 512.
-TERMS = 256
 BLOCK = 128  # columns of a factor that are found at once: those of 256 have other bits on two threads
+PANEL = 1024  # columns whose blocks are brought up to date by the rest of a matrix in one product
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0) -> Tensor:
-    """alpha a @ b, added to `out` in place where that is given."""
-    out = a.new_zeros(len(a), b.shape[1]) if out is None else out
-    for left, right in zip(a.split(TERMS, dim=1), b.split(TERMS), strict=True):
-        out.addmm_(left, right, alpha=alpha)
-    return out
+def runs(start: int, stop: int, most: int) -> list[slice]:
+    """From start to stop, at most so many at a time."""
+    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
 
 
 def damped(hessian: Tensor, damp: float) -> Tensor:
-    """The Hessian (in, in), symmetric to the last bit, its diagonal raised by the fraction `damp` of itself.
+    """The Hessian (in, in), its diagonal raised by the fraction `damp` of itself.
 
     Relative to each input's own size, so that a loud input does not drown the others, and weights and inputs may be
     scaled against each other without changing a thing. Inputs that were never active get a millionth of the mean.
     """
-    hessian = (hessian + hessian.T).div_(2)
+    hessian = hessian.clone()
     diagonal = hessian.diagonal()
     floor = (1e-6 * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
     diagonal.mul_(1 + damp).clamp_min_(floor)
@@ -47,32 +43,38 @@ def factored(matrix: Tensor) -> Tensor | None:
 
     The Cholesky factor from the last column to the first, a block of columns at a time: nearly all of it products.
     """
-    for stop in range(len(matrix), 0, -BLOCK):
-        start = max(0, stop - BLOCK)
-        above = matrix[:stop, start:stop]
-        product(matrix[:stop, stop:], matrix[start:stop, stop:].T, above, -1)
-        lower, failed = torch.linalg.cholesky_ex(above[start:].flip(0, 1))
-        if failed or not lower.diagonal().isfinite().all():
-            return None
-        own = lower.flip(0, 1)
-        above[:start] = torch.linalg.solve_triangular(own.T, above[:start], upper=False, left=False)
-        above[start:] = own
-        matrix[stop:, start:stop] = 0
+    for panel in reversed(runs(0, len(matrix), PANEL)):
+        above = matrix[: panel.stop]
+        product(above[:, panel.stop :], above[panel, panel.stop :].T, above[:, panel], -1)
+        for here in reversed(runs(panel.start, panel.stop, BLOCK)):
+            later = slice(here.stop, panel.stop)
+            column = matrix[: here.stop, here]
+            product(matrix[: here.stop, later], matrix[here, later].T, column, -1)
+            lower, failed = torch.linalg.cholesky_ex(column[here].flip(0, 1))
+            if failed or not lower.diagonal().isfinite().all():
+                return None
+            own, rest = lower.flip(0, 1), column[: here.start]
+            rest.copy_(torch.linalg.solve_triangular(own.T, rest, upper=False, left=False))
+            column[here] = own
+            matrix[here.stop :, here] = 0
     return matrix
 
 
 def solved(right: Tensor, factor: Tensor) -> Tensor:
     """X (rows, n) with X U U^T = right, which it takes the place of, for the factor U (n, n)."""
-    size = len(factor)
-    blocks = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
-    for here in reversed(blocks):
-        own, part = factor[here, here], right[:, here]
-        product(right[:, here.stop :], factor[here, here.stop :].T, part, -1)
-        part.copy_(torch.linalg.solve_triangular(own.T, part, upper=False, left=False))
-    for here in blocks:
-        own, part = factor[here, here], right[:, here]
-        product(right[:, : here.start], factor[: here.start, here], part, -1)
-        part.copy_(torch.linalg.solve_triangular(own, part, upper=True, left=False))
+    panels = runs(0, len(factor), PANEL)
+    for panel in reversed(panels):
+        product(right[:, panel.stop :], factor[panel, panel.stop :].T, right[:, panel], -1)
+        for here in reversed(runs(panel.start, panel.stop, BLOCK)):
+            later = slice(here.stop, panel.stop)
+            part = product(right[:, later], factor[here, later].T, right[:, here], -1)
+            part.copy_(torch.linalg.solve_triangular(factor[here, here].T, part, upper=False, left=False))
+    for panel in panels:
+        product(right[:, : panel.start], factor[: panel.start, panel], right[:, panel], -1)
+        for here in runs(panel.start, panel.stop, BLOCK):
+            before = slice(panel.start, here.start)
+            part = product(right[:, before], factor[before, here], right[:, here], -1)
+            part.copy_(torch.linalg.solve_triangular(factor[here, here], part, upper=True, left=False))
     return right
 
 
@@ -89,7 +91,7 @@ def robust_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
     """
     for extra in (0.0, *DAMPS):
         matrix = damped(hessian, extra) if extra else hessian
-        factor = factored(matrix.clone() if order is None else matrix[order[:, None], order])
+        factor = factored(matrix.clone() if order is None else _rearranged(matrix, order))
         if factor is not None:
             if extra:
                 note_recovery(f"the Hessian is not positive definite: its diagonal was raised by {extra:.0%}")
@@ -97,6 +99,14 @@ def robust_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
     note_recovery("the Hessian is not positive definite, however damped: errors are not spread")
     diagonal = hessian.diagonal() if order is None else hessian.diagonal()[order]
     return torch.diag(diagonal.sqrt())  # errors stay where they are made: plain rounding
+
+
+def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:
+    """matrix[order][:, order], by rows that stay in cache."""
+    found = torch.empty_like(matrix)
+    for rows in runs(0, len(matrix), BLOCK):
+        found[rows] = matrix[order[rows]][:, order]
+    return found
 
 
 @dataclass(frozen=True)

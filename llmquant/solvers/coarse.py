@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import Format, Grid
+from llmquant.products import product
 from llmquant.solvers import loops
-from llmquant.solvers.algebra import of_columns, product, robust_factor, solved
+from llmquant.solvers.algebra import of_columns, robust_factor, solved
 
 
 def choose(

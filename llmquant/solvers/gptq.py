@@ -29,8 +29,9 @@ from torch import Tensor
 
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
+from llmquant.products import product
 from llmquant.solvers import coarse, loops, refit
-from llmquant.solvers.algebra import Metric, metric, of_columns, product
+from llmquant.solvers.algebra import PANEL, Metric, metric, of_columns, runs
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy, row_energy
 
@@ -288,19 +289,21 @@ def sweep(w: Tensor, felt: Metric, lattice: Lattice) -> tuple[Tensor, Tensor]:
     """Places (out, in) uint8 of the levels chosen, columns of large diagonal first, the grid fixed beforehand; and
     (Q - w) H (out, in), nearly half of which has been multiplied out by then.
     """
-    state = w[:, felt.order]  # columns in the order they are visited: w, then Q - w
-    whitened = torch.empty_like(w)  # (Q - w) U
+    factor, state = felt.factor, w[:, felt.order]  # columns in the order they are visited: w, then Q - w
+    whitened = torch.zeros_like(w)  # (Q - w) U
     places = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    blocks = [slice(start, min(start + loops.BLOCK, w.shape[1])) for start in range(0, w.shape[1], loops.BLOCK)]
-    for here in blocks:
-        own = felt.factor[here, here]
-        product(state[:, : here.start], felt.factor[: here.start, here], whitened[:, here].zero_())
-        asked = whitened[:, here] / -own.diagonal()
-        columns, part = felt.order[here], state[:, here].clone()
-        places[:, here], state[:, here] = loops.gptq_block(part, asked, own / own.diagonal(), lattice, columns)
-        whitened[:, here].addmm_(state[:, here], own)
-    for here in blocks:
-        whitened[:, here] = product(whitened[:, here.start :], felt.factor[here, here.start :].T)
+    panels = runs(0, w.shape[1], PANEL)
+    for panel in panels:
+        product(state[:, : panel.start], factor[: panel.start, panel], whitened[:, panel])
+        for here in runs(panel.start, panel.stop, loops.BLOCK):
+            own, before = factor[here, here], slice(panel.start, here.start)
+            product(state[:, before], factor[before, here], whitened[:, here])
+            asked, mix = whitened[:, here] / -own.diagonal(), own / own.diagonal()
+            part = state[:, here].clone()
+            places[:, here], state[:, here] = loops.gptq_block(part, asked, mix, lattice, felt.order[here])
+            product(state[:, here], own, whitened[:, here])
+    for panel in panels:
+        whitened[:, panel] = product(whitened[:, panel.start :], factor[panel, panel.start :].T)
     back = felt.order.argsort()
     loops.arrange(whitened, back)
     return places[:, back], whitened

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from llmquant.formats.base import Lattice
-from llmquant.solvers.algebra import TERMS, product
+from llmquant.products import TERMS, product
+from llmquant.solvers.algebra import PANEL, runs
 
 # Rows that a thread works on at a time: 32 KB of a block of 128 columns, which stay in the first cache.
 ROWS_TOGETHER = 64
@@ -167,17 +168,23 @@ def descend(
     changes = []
     for _ in range(sweeps):
         before = places.clone()
-        for here in _blocks(order, block, None if stored is None else lattice.group):
-            own = order[here]
-            near, part = hessian[own][:, order], rounding.columns(here)  # near (k, in)
-            mix = near[:, here] / diagonal[own]
-            steps = felt[:, here] / -diagonal[own]
-            steps = steps if coupling is None else _product_of_blocks(steps, coupling)
-            change = error[:, here].neg()
-            if stored is not None:
-                _refit(error[:, here], steps, mix, diagonal[own], part, places[:, here], free, stored)
-            error[:, here] += sweep(steps, None, mix, part, places[:, here], coupling, turns, free)
-            _spread(change.add_(error[:, here]), near, felt)
+        for panel in _panels(order, block, None if stored is None else lattice.group):
+            whole = slice(panel[0].start, panel[-1].stop)
+            near = hessian[order[whole]][:, order]  # (k, in)
+            moved = error[:, whole].neg()
+            for here in panel:
+                at = slice(here.start - whole.start, here.stop - whole.start)
+                bend, part = diagonal[order[here]], rounding.columns(here)
+                steps, mix = felt[:, here] / -bend, near[at, here] / bend
+                steps = steps if coupling is None else _product_of_blocks(steps, coupling)
+                if stored is not None:
+                    _refit(error[:, here], steps, mix, bend, part, places[:, here], free, stored)
+                error[:, here] += sweep(steps, None, mix, part, places[:, here], coupling, turns, free)
+                moved[:, at] += error[:, here]
+                _spread(moved[:, at], near[at], felt, whole if len(panel) > 1 else slice(None))
+            if len(panel) > 1:
+                for rest in (slice(0, whole.start), slice(whole.stop, len(order))):
+                    _spread(moved, near, felt, rest)
         changes.append(int((places != before).sum()))
     back = order.argsort()
     arrange(felt, back)
@@ -210,19 +217,26 @@ def by_size(diagonal: Tensor, group: int | None = None) -> Tensor:
     return order[rank[of_group[order]].argsort(stable=True)]
 
 
-def _blocks(order: Tensor, most: int, group: int | None) -> Iterator[slice]:
-    """Runs of at most so many columns; of whole groups, of at least one, where they go together."""
+def _panels(order: Tensor, block: int, group: int | None) -> Iterator[list[slice]]:
+    """Runs of at most `block` columns; of whole groups, of at least one, where they go together.
+
+    Those whose steps reach the rest of the columns together are in a list: what few have changed is spread at once.
+    """
     if group is None:
-        yield from (slice(start, min(start + most, len(order))) for start in range(0, len(order), most))
+        yield from ([here] for here in runs(0, len(order), block))
         return
     ends = (order[1:] // group != order[:-1] // group).nonzero().flatten().add_(1).tolist()
     start = last = 0
+    panel: list[slice] = []
     for end in [*ends, len(order)]:
-        if end - start > most and last > start:
-            yield slice(start, last)
+        if end - start > block and last > start:
+            panel.append(slice(start, last))
             start = last
+            if start - panel[0].start >= PANEL:
+                yield panel
+                panel = []
         last = end
-    yield slice(start, last)
+    yield [*panel, slice(start, last)]
 
 
 def _refit(
@@ -257,16 +271,17 @@ def _refit(
         steps.addcmul_(felt, change[:, None], value=-1)
 
 
-def _spread(moved: Tensor, near: Tensor, felt: Tensor) -> None:
-    """Add moved (out, k) @ near (k, in) to felt (out, in).
+def _spread(moved: Tensor, near: Tensor, felt: Tensor, columns: slice) -> None:
+    """Add moved (out, k) @ near (k, in) to these columns of felt (out, in).
 
     Few codes change in one sweep, and zeros are passed over where that is faster.
     """
     if felt.device.type != "cpu" or int(moved.count_nonzero()) * SPARSE > moved.numel():
-        product(moved, near, felt)
+        product(moved, near[:, columns], felt[:, columns])
     else:
         arrays = [tensor.numpy() for tensor in (moved.contiguous(), near.contiguous(), felt)]
-        _in_threads(len(felt), partial(_compiled(_spread_rows, SPREAD), *arrays))
+        start, stop, _ = columns.indices(felt.shape[1])
+        _in_threads(len(felt), partial(_compiled(_spread_rows, SPREAD), *arrays, start, stop))
 
 
 def _coupled(curvature: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -379,7 +394,7 @@ SWEEP = (
     "float32[:,:], float32[:,:], float32[:,:], int64[:], float32[:,:,::1], int64[:,::1], boolean[:], float32,"
     "float32, int64, int64, int64)"
 )
-SPREAD = "void(float32[:,::1], float32[:,::1], float32[:,::1], int64, int64)"
+SPREAD = "void(float32[:,::1], float32[:,::1], float32[:,::1], int64, int64, int64, int64)"
 
 
 @cache
@@ -394,14 +409,14 @@ def _compiled(loop: Callable[..., None], signature: str) -> Callable[..., None]:
         return compiler()(loop)
 
 
-def _spread_rows(moved: Array, near: Array, felt: Array, first: int, last: int) -> None:
+def _spread_rows(moved: Array, near: Array, felt: Array, start: int, stop: int, first: int, last: int) -> None:
     """Rows first..last of what `_spread` adds. numba compiles this."""
     for r in range(first, last):
-        own = felt[r]
+        own = felt[r, start:stop]
         for c in range(len(near)):
             by = moved[r, c]
             if by != 0:
-                along = near[c]
+                along = near[c, start:stop]
                 for j in range(len(own)):
                     own[j] += by * along[j]
 

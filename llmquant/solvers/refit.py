@@ -17,8 +17,9 @@ from torch import Tensor
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import PIECE
 from llmquant.formats.kmeans import KMeans
+from llmquant.products import product
 from llmquant.solvers import loops
-from llmquant.solvers.algebra import of_columns, product, steps_of
+from llmquant.solvers.algebra import of_columns, steps_of
 from llmquant.stats import row_energy
 
 
