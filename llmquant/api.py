@@ -20,7 +20,6 @@ from llmquant.errors import PlanError
 from llmquant.job import Budget
 from llmquant.matrices import loader_of
 from llmquant.recipe import QUALITIES, Quality, Recipe
-from llmquant_kernels.cpu_compiled import multiplies_bfloat16
 
 OBSERVED = 16  # windows of text on which the range of static activations is found
 
@@ -58,7 +57,7 @@ def quantize(
     which tries them; calibration: "self" (the model's own samples), a file or a dataset id; calibration_check: whether
     half of it gives way to the model's own samples where it is not the kind of text that the model was made for;
     samples, length: windows and tokens a window; device: by default cuda where there is one; dtype: to calibrate in, by
-    default the model's own, or float32 on a CPU that does not multiply bfloat16; offload: a folder for hidden states;
+    default the model's own, or float32 on a CPU that is slow in that; offload: a folder for hidden states;
     max_memory: bytes, beyond which the plan is refused; verify: compare the result with the original before it gets its
     name; report: whether README.md and report.html are written; progress(what, done, total) is called now and then.
 
@@ -173,7 +172,7 @@ def job_for(
         shown,
         seed,
         device,
-        dtype or (None if shown is None else fast_dtype(device)),
+        dtype,
         tuning=preset.tuning,
         trust_remote_code=trust_remote_code,
         rotate=rotate,
@@ -189,14 +188,6 @@ def calibration_for(
         return None
     windows = samples or (128 if preset.calibrated else 16)
     return pipeline.Calibration(source or "self", windows, length, batch, curvature=preset.curvature, check=check)
-
-
-def fast_dtype(device: str) -> torch.dtype | None:
-    """float32 on a CPU that does not multiply in 16 bits, and no choice (None) elsewhere.
-
-    There a forward pass in bfloat16 takes some five times as long, and with it a calibrated run three times.
-    """
-    return torch.float32 if device.startswith("cpu") and not multiplies_bfloat16() else None
 
 
 def default_device() -> str:

@@ -138,7 +138,7 @@ def quantize(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Type to calibrate in: float32, bfloat16, float16 [its own; float32 on a CPU without bfloat16]."
+            help="Type to calibrate in: float32, bfloat16, float16 [its own; float32 on a CPU that is slow in that]."
         ),
     ] = None,
     text: Annotated[

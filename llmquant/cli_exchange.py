@@ -42,9 +42,10 @@ def generate(
 
     from llmquant import api, generation, text
     from llmquant.checkpoint import locate
+    from llmquant.skeleton import fast_dtype
 
     tokenizer = text.load_tokenizer(locate(model), trust_remote_code)
-    own = dtype_named(dtype) if dtype else api.fast_dtype(api.default_device()) or torch.bfloat16
+    own = dtype_named(dtype) if dtype else fast_dtype(api.default_device(), torch.bfloat16) or torch.bfloat16
     loaded = api.load_any(model, own, trust_remote_code)
     written = generation.stream(
         loaded,

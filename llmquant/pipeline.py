@@ -36,6 +36,7 @@ from llmquant.recipe import Recipe
 from llmquant.saving import restore, save_block
 from llmquant.scaling import Scales
 from llmquant.shown import mended_windows, window_length
+from llmquant.skeleton import fast_dtype, read_config, stored_dtype
 from llmquant.solvers import TUNERS
 from llmquant.solving import solve_block, solve_outside
 from llmquant.swap import WeightSwap
@@ -71,6 +72,9 @@ def prepare(
         raise OutputError(f"{offload}: no such folder: make it, or name another with --offload-activations")
     turning = partial(progress, "rotate")
     base = Checkpoint(locate(job.model))
+    if job.dtype is None and job.calibration is not None:
+        own = stored_dtype(base, read_config(base, job.trust_remote_code, decoded=False))
+        job = replace(job, dtype=fast_dtype(job.device, own))
     chosen = None
     if job.rotate == rotation.AUTO:
         chosen = ranks.alone(partial(_rotation, job, base, output, progress)).facts

@@ -27,9 +27,11 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0)
             out.addmm_(left, right, alpha=alpha)
         return out
     for left, right in zip(a.split(LONG, dim=1), b.split(LONG), strict=True):
+        # What linear layers become when torch.compile puts them together. A weight with gaps between its rows has no
+        # fast loop.
+        weight = right.T if right.is_contiguous() or right.T.is_contiguous() else right.T.contiguous()
         for rows, some in zip(out.split(ROWS), left.split(ROWS), strict=True):
-            # the product behind a linear layer that torch.compile has fused
-            rows.add_(torch.ops.mkldnn._linear_pointwise(some, right.T, None, "none", [], ""), alpha=alpha)
+            rows.add_(torch.ops.mkldnn._linear_pointwise(some, weight, None, "none", [], ""), alpha=alpha)
     return out
 
 

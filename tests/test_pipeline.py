@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmquant import formats, pipeline, sampling
+from llmquant import formats, pipeline, sampling, skeleton
 from llmquant.blocks import StreamedModel
 from llmquant.calibration import Streams
 from llmquant.checkpoint import MANIFEST, Checkpoint
@@ -104,6 +104,19 @@ def test_given_tokens_are_refused_before_work(pycode: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match="windows of 600 tokens: the model takes from 2 to 512"):
         quantize(pycode, tmp_path / "out", calibration=pipeline.Calibration(str(path), samples=4))
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float32])
+def test_calibration_on_a_cpu_computes_in_a_type_that_is_fast_there(
+    own: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "model", "llama", dtype=own)
+    for fast in (True, False):
+        monkeypatch.setattr(skeleton, "multiplies_bfloat16", lambda fast=fast: fast)
+        wanted = torch.bfloat16 if own == torch.bfloat16 and fast else torch.float32
+        for shown, dtype in ((SMALL, wanted), (None, own)):
+            prepared = pipeline.prepare(pipeline.Job(str(folder), Recipe.uniform("int4:g24"), shown), tmp_path / "out")
+            assert prepared.model.dtype == dtype
 
 
 def test_streams_are_the_original_and_the_quantized_model(tmp_path: Path) -> None:

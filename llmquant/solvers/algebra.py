@@ -101,6 +101,12 @@ def robust_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
     return torch.diag(diagonal.sqrt())  # errors stay where they are made: plain rounding
 
 
+def arrange(x: Tensor, order: Tensor) -> None:
+    """Put the columns of x (out, in) in that order, in place."""
+    for rows in x.split(BLOCK):
+        rows.copy_(rows[:, order])
+
+
 def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:
     """matrix[order][:, order], by rows that stay in cache."""
     found = torch.empty_like(matrix)
@@ -133,7 +139,8 @@ class Metric:
     def solved(self, right: Tensor) -> Tensor:
         """right hessian^-1, for right (rows, in)."""
         found = solved(right[:, self.order], self.factor)
-        return found[:, self.order.argsort()]
+        arrange(found, self.order.argsort())
+        return found
 
 
 def metric(stats: Stats, damp: float) -> Metric:

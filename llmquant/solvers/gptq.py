@@ -31,7 +31,7 @@ from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
 from llmquant.products import product
 from llmquant.solvers import coarse, loops, refit
-from llmquant.solvers.algebra import PANEL, Metric, metric, of_columns, runs
+from llmquant.solvers.algebra import PANEL, Metric, arrange, metric, of_columns, runs
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy, row_energy
 
@@ -305,5 +305,5 @@ def sweep(w: Tensor, felt: Metric, lattice: Lattice) -> tuple[Tensor, Tensor]:
     for panel in panels:
         whitened[:, panel] = product(whitened[:, panel.start :], factor[panel, panel.start :].T)
     back = felt.order.argsort()
-    loops.arrange(whitened, back)
+    arrange(whitened, back)
     return places[:, back], whitened

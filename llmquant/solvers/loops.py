@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmquant.formats.base import Lattice
 from llmquant.products import TERMS, product
-from llmquant.solvers.algebra import PANEL, runs
+from llmquant.solvers.algebra import PANEL, arrange, runs
 
 # Rows that a thread works on at a time: 32 KB of a block of 128 columns, which stay in the first cache.
 ROWS_TOGETHER = 64
@@ -198,12 +198,6 @@ def missed(w: Tensor, places: Tensor, lattice: Lattice) -> Tensor:
         here = slice(int(columns[0]), int(columns[-1]) + 1)
         error[:, here] = _rounding(lattice, columns).values(places[:, here], slice(None)) - w[:, here]
     return error
-
-
-def arrange(x: Tensor, order: Tensor) -> None:
-    """Put the columns of x (out, in) in that order, in place."""
-    for rows in x.split(ROWS_TOGETHER):
-        rows.copy_(rows[:, order])
 
 
 def by_size(diagonal: Tensor, group: int | None = None) -> Tensor:
