@@ -23,6 +23,7 @@ from llmquant.hooks import SeenEnough, hooked
 from llmquant.matrices import Target
 from llmquant.offload import room
 from llmquant.phases import phase
+from llmquant.products import product
 from llmquant.ranks import SINGLE, Parcel, Ranks
 from llmquant.stages import BLOCK_INPUT, Discovery, Stage
 from llmquant.stats import EXPERT_BYTES, HELD, SEEN_BYTES, Stats, energy
@@ -236,7 +237,8 @@ class Streams:
         return self._judged(stats, stage)
 
     def _into_linears(self, block: int, stage: Stage, swap: WeightSwap, i: int) -> Parcel:
-        """What enters the linears of a stage in a batch: x and x_ref (.., in); debt (.., out), where there is one.
+        """What enters the linears of a stage in a batch: x and x_ref (.., in); lacking (.., out), where what comes out
+        is added to a residual stream: see Stats.
 
         Where what they put out is added to a residual stream, tokens count as `quieted` says of the sum.
         """
@@ -253,14 +255,18 @@ class Streams:
             return Parcel()
         if x[..., 0].numel() != self.quantized[i][..., 0].numel():
             return Parcel(None, {"x": x, "x_ref": x})  # an expert as a module: other tokens may be sent to it in either
-        unscaled = x_ref
-        if stage.scale is not None:
-            x_ref = x_ref / stage.scale
+        unscaled, scale = x_ref, 1.0 if stage.scale is None else stage.scale
+        x_ref = x_ref / scale
         if carried is None or carried_ref is None:
             return Parcel(None, {"x": x, "x_ref": x_ref})
+        linear = self.model.module(stage.targets[0])
         with swap.original():
-            weights = quieted(carried_ref + self.model.module(stage.targets[0])(unscaled))
-        found = {"x": x, "x_ref": x_ref, "debt": carried_ref - carried}
+            weights = quieted(carried_ref + linear(unscaled))
+            w = stage.targets[0].matrix(linear).float()
+        found = {"x": x, "x_ref": x_ref}
+        if not stage.crossed:
+            moved = (unscaled - x * scale).float()
+            found["lacking"] = product(moved.flatten(0, -2), w.T).view(*moved.shape[:-1], -1) + (carried_ref - carried)
         if (weights < 1).any():
             found = {name: part * weights.to(part.dtype) for name, part in found.items()}
         return Parcel(None, found)
@@ -350,7 +356,7 @@ class Streams:
 
     @phase("statistics")
     def _add(self, stats: Stats, held: bool, found: dict[str, Tensor]) -> None:
-        """Tokens of a batch to the sums, or to those held out. found: x, x_ref and debt, as far as there are any."""
+        """Tokens of a batch to the sums, or to those held out. found: x, x_ref and lacking, as far as there are any."""
         if found and held:
             stats.hold(**found, most=HELD // (len(self.batches) - self.summed))
         elif found:

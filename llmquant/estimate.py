@@ -22,6 +22,7 @@ from torch import Tensor
 from llmquant.blocks import StreamedModel
 from llmquant.formats import Format, Grid
 from llmquant.matrices import Target, text_config
+from llmquant.products import product
 from llmquant.recipe import Rule
 from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
 from llmquant.stats import EXPERT_BYTES, HELD, SEEN_BYTES
@@ -34,6 +35,7 @@ JUDGED = 1 / 8  # share of the windows that are held out
 CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
 TRIED = 14 * 64  # tokens that go through a block in float32 to find where scales can be moved
+EACH = 5e4  # operations of a product that take as long as what the gptq solver does to a weight besides
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
 
 
@@ -116,7 +118,7 @@ def memory(model: StreamedModel, rows: Sequence[Row], outside: int, work: Work) 
     if not work.tokens:
         return BASE + max(rounding + writing, check)
     width, hidden = max(row.target.shape[1] for row in rows), text_config(model.config).hidden_size
-    tokens = 4 * hidden * HELD + 2 * 4 * width * HELD  # held out of the sums: two streams of inputs, and the debt
+    tokens = 4 * hidden * HELD + 2 * 4 * width * HELD  # held out of the sums: inputs of both streams, what is lacking
     passing = work.batch * (2 * 4 * width + 8 * hidden * model.dtype.itemsize)  # inputs in float32, both streams
     # While a matrix is solved the rest of its block is held as it was read, and as codes.
     solving = COPIES * 4 * largest + SQUARES * 4 * width**2 + tokens + packed + codes * (1 + 2)
@@ -189,10 +191,10 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     low_operations += 2 * SLEEP * work.tokens * (passing + head) if work.sampled else 0
     low_operations += 2 * 3 * work.tuning * work.batch * passing
     high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)
-    high_operations *= 2 * 2 * work.tokens / 2  # two inputs are shared
+    high_operations *= (1 + 2) * work.tokens / 2  # half of the Hessian, all of the cross terms; most share their input
     high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
     high_operations += 2 * TRIED * weights
-    return total + (low * low_operations + flop(torch.float32) * high_operations) / work.ranks
+    return total + (low * low_operations + flop_of_sums() * high_operations) / work.ranks
 
 
 def _share(model: StreamedModel, row: Row) -> float:
@@ -204,10 +206,10 @@ def _share(model: StreamedModel, row: Row) -> float:
 
 
 def _solving(row: Row, work: Work) -> float:
-    """Of the gptq solver: a factor, the target's product and solution, half a product for the sweep and for each of
-    the energies, a product for each of two descents; where the curvature is known one more, an energy, and a tenth of
-    a product at a quarter of the speed. Of those that iterate what an iteration takes: a product with the Hessian, or
-    the block and its gradients for a batch.
+    """Operations. Of gptq: a factor, the target's product and solution, half a product each for the sweep and
+    its gradient, one for the descent, half a one for an energy, and what it does to each weight; where the curvature
+    is known about a third more. Of those that iterate what an iteration takes: a product with the Hessian, or the block
+    and its gradients for a batch.
     """
     rows, columns = row.target.shape
     name = row.rule.solver
@@ -215,7 +217,8 @@ def _solving(row: Row, work: Work) -> float:
         solver = {**SOLVERS, **TUNERS}[name]
         iterations: int = row.rule.options.get("iterations", default_of(solver, "iterations"))
         return iterations * rows * columns * (6 * work.batch if name in TUNERS else 2 * columns)
-    return columns**3 / 3 + (2 + 2 + 1 + 2 * 2 + 2 + (2 * 1.4 + 1 if work.curvature else 0)) * rows * columns**2
+    every = (2 + 2 + 1 + 1 + 2 + 1) * columns + EACH
+    return columns**3 / 3 + every * rows * columns * (1.3 if work.curvature else 1)
 
 
 def _fitting(rows: Sequence[Row]) -> float:
@@ -238,9 +241,16 @@ def _fitting_one(fmt: Format, clip: Any, columns: int) -> float:
 
 @cache
 def flop(dtype: torch.dtype) -> float:
-    """Seconds of one operation in a matrix product of this type."""
+    """Seconds of one operation in a matrix product of this type, as models make it."""
     a = torch.randn(512, 512).to(dtype)
     return _timed(lambda: torch.mm(a, a), 3) / (2 * 512**3)
+
+
+@cache
+def flop_of_sums() -> float:
+    """The same of statistics and solvers."""
+    a = torch.randn(512, 512)
+    return _timed(lambda: product(a, a), 3) / (2 * 512**3)
 
 
 def _timed(work: Callable[[], object], repeats: int) -> float:

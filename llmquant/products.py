@@ -16,7 +16,7 @@ from torch import Tensor
 
 TERMS = 256  # of a product that are added up in one go: MKL does not cut up to 512
 LONG = 4096  # the same of oneDNN, which does not cut those
-ROWS = 1024  # of a product of oneDNN's, which is added to what there is only when it is done
+PART = 2**22  # numbers of a product of oneDNN's, which is added to what there is only when it is done
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0) -> Tensor:
@@ -30,7 +30,8 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0)
         # What linear layers become when torch.compile puts them together. A weight with gaps between its rows has no
         # fast loop.
         weight = right.T if right.is_contiguous() or right.T.is_contiguous() else right.T.contiguous()
-        for rows, some in zip(out.split(ROWS), left.split(ROWS), strict=True):
+        height = max(TERMS, PART // max(1, out.shape[1]))
+        for rows, some in zip(out.split(height), left.split(height), strict=True):
             rows.add_(torch.ops.mkldnn._linear_pointwise(some, weight, None, "none", [], ""), alpha=alpha)
     return out
 

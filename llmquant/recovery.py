@@ -34,7 +34,8 @@ def solve(
         if name in CALIBRATED:
             return SOLVERS["rtn"](w, None, fmt, **plain), "rtn", unreached
         return SOLVERS[name](w, None, fmt, **options), name, []
-    if not (torch.isfinite(stats.hessian).all() and torch.isfinite(stats.cross).all()):
+    sums = (stats.hessian, stats.cross, stats.lacking)
+    if not all(torch.isfinite(total).all() for total in sums if total is not None):
         solution = SOLVERS["rtn"](w, None, fmt, **plain)
         return solution, "rtn", ["the squares of its inputs add up to infinity: rounded to nearest"]
     with recoveries() as noted:

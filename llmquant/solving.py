@@ -22,7 +22,7 @@ from llmquant.matrices import Target
 from llmquant.phases import phase
 from llmquant.ranks import Parcel
 from llmquant.scaling import Scales, awq, balance
-from llmquant.solvers import TUNERS, Solution, default_of
+from llmquant.solvers import CROSSED, TUNERS, Solution, default_of
 from llmquant.solvers.block_tuning import Part
 from llmquant.stages import Stage
 from llmquant.stats import Stats, energy, ratio
@@ -64,6 +64,7 @@ def solve_block(
         wanted = [rows[target.name] for target in stage.targets if target.name in rows]
         if not wanted:
             continue
+        stage.crossed = any(row.rule.solver in CROSSED for row in wanted)
         mine = _mine(prepared, wanted)
         seen: Iterable[tuple[Target, Stats | None]] = ((row.target, None) for row in mine.values())
         if scales is not None and stage.targets[0].name in reached and any(_needs_stats(row) for row in wanted):

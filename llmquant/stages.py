@@ -23,11 +23,13 @@ class Stage:
     carrier: what holds the residual stream that the output of the only target is added to: a module whose input it is,
     or the block's own input; None where the output is not simply added to one.
     scale: (in,), by which the input of the quantized stream is divided; None: by nothing.
+    crossed: whether a solver wants the cross terms of its inputs: see Stats.
     """
 
     targets: list[Target]
     carrier: nn.Module | str | None = None
     scale: Tensor | None = None
+    crossed: bool = False
 
 
 class Discovery:

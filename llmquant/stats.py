@@ -26,16 +26,15 @@ def slabs(rows: int) -> list[slice]:
 
 @dataclass
 class Held:
-    """Tokens that no sum contains: x and x_ref (tokens, in), debt (tokens, out) or None, float32."""
+    """Tokens that no sum contains: x and x_ref (tokens, in), lacking (tokens, out) or None, float32: see Stats."""
 
     x: Tensor
     x_ref: Tensor
-    debt: Tensor | None = None
+    lacking: Tensor | None = None
 
     def missed(self, w: Tensor) -> Tensor:
         """What the exact weight w (out, in) would still lack on the quantized stream, (tokens, out)."""
-        missed = (self.x_ref - self.x) @ w.T
-        return missed if self.debt is None else missed + self.debt
+        return (self.x_ref - self.x) @ w.T if self.lacking is None else self.lacking
 
 
 @dataclass
@@ -43,8 +42,9 @@ class Stats:
     """Sums over calibration tokens of the inputs x of one linear, which stream and merge.
 
     With x from the quantized stream and x_ref from the reference stream, both (tokens, in):
-    hessian = sum x x^T and cross = sum (x_ref - x) x^T, (in, in) float32. Where the linear's output is added to a
-    residual stream, debt = sum d x^T (out, in), with d (tokens, out) what the quantized stream lacks there already.
+    hessian = sum x x^T and cross = sum (x_ref - x) x^T, (in, in) float32. Of a linear whose output is added to a
+    residual stream, and that reads x alone, lacking = sum l x^T (out, in) takes the place of cross, with l (tokens,
+    out) what the sum of both lacks with the exact weight W: W (x_ref - x), and what the quantized stream lacks already.
     The tokens of one call are added up in float32, and so are the calls: of a million tokens in calls of a thousand,
     the sums lose no more than the last three digits.
 
@@ -52,8 +52,8 @@ class Stats:
     """
 
     hessian: Tensor
-    cross: Tensor
-    debt: Tensor | None = None
+    cross: Tensor | None = None
+    lacking: Tensor | None = None
     curvature: Tensor | None = None  # (blocks, b, b): of the loss in the outputs, along the diagonal; of one linear
     tokens: int = 0
     dropped: int = 0
@@ -65,23 +65,26 @@ class Stats:
 
     @classmethod
     def empty(cls, columns: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> Stats:
-        zeros = torch.zeros(columns, columns, device=device)
-        return cls(zeros, zeros.clone(), share=share)
+        return cls(torch.zeros(columns, columns, device=device), share=share)
 
-    def update(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None) -> None:
+    def update(self, x: Tensor, x_ref: Tensor, lacking: Tensor | None = None) -> None:
         """Add tokens; those that are not finite in either stream are left out and counted."""
-        x, x_ref, *rest = self._finite(x, x_ref, debt)
+        x, x_ref, *rest = self._finite(x, x_ref, lacking)
         self.tokens += len(x)
         for rows in self._own(x.shape[1]):
             own = x[:, rows]
             product(own.T, x[:, rows.start :], self.hessian[rows, rows.start :])
             self._mirror(rows)
-            product((x_ref[:, rows] - own).T, x, self.cross[rows])
         if rest:
-            if self.debt is None:
-                self.debt = torch.zeros(rest[0].shape[1], x.shape[1], device=x.device)
-            for rows in self._own(len(self.debt)):
-                product(rest[0][:, rows].T, x, self.debt[rows])
+            if self.lacking is None:
+                self.lacking = x.new_zeros(rest[0].shape[1], x.shape[1])
+            for rows in self._own(len(self.lacking)):
+                product(rest[0][:, rows].T, x, self.lacking[rows])
+            return
+        if self.cross is None:
+            self.cross = torch.zeros_like(self.hessian)
+        for rows in self._own(x.shape[1]):
+            product((x_ref[:, rows] - x[:, rows]).T, x, self.cross[rows])
 
     def _mirror(self, rows: slice) -> None:
         """Make columns of the Hessian what these rows of it are, from the diagonal on."""
@@ -91,8 +94,9 @@ class Stats:
 
     def put_together(self, spread: Callable[[Tensor], None]) -> None:
         """With spread(sum): to all processes the rows that each has added up, see `share`."""
-        for total in [self.hessian, self.cross, *([] if self.debt is None else [self.debt])]:
-            spread(total)
+        for total in (self.hessian, self.cross, self.lacking):
+            if total is not None:
+                spread(total)
         for rows in slabs(len(self.hessian)):
             self._mirror(rows)
 
@@ -100,9 +104,9 @@ class Stats:
         first, step = self.share
         return slabs(rows)[first::step]
 
-    def hold(self, x: Tensor, x_ref: Tensor, debt: Tensor | None = None, *, most: int = HELD) -> None:
+    def hold(self, x: Tensor, x_ref: Tensor, lacking: Tensor | None = None, *, most: int = HELD) -> None:
         """Keep tokens to judge on, out of the sums; of more than `most` so many, evenly spread."""
-        found = self._finite(x, x_ref, debt)
+        found = self._finite(x, x_ref, lacking)
         chosen = torch.linspace(0, len(found[0]) - 1, min(most, len(found[0]))).long().to(x.device)
         self.pieces.append(tuple(part[chosen] for part in found))
 
@@ -125,11 +129,10 @@ class Stats:
         return Held(*self.pieces[0]) if len(self.pieces[0][0]) else None
 
     def __add__(self, other: Stats) -> Stats:
-        debts = [stats.debt for stats in (self, other) if stats.debt is not None]
         return Stats(
             self.hessian + other.hessian,
-            self.cross + other.cross,
-            sum(debts[1:], debts[0]) if debts else None,
+            _sum(self.cross, other.cross),
+            _sum(self.lacking, other.lacking),
             None,
             self.tokens + other.tokens,
             self.dropped + other.dropped,
@@ -148,6 +151,8 @@ class Stats:
         if borrowed:
             share = borrowed / everything.tokens
             self.hessian.add_(everything.hessian, alpha=share)
+            assert everything.cross is not None
+            self.cross = torch.zeros_like(self.hessian) if self.cross is None else self.cross
             self.cross.add_(everything.cross, alpha=share)
         pieces = [*self.pieces]
         lacking = least_held - sum(len(piece[0]) for piece in pieces)
@@ -167,24 +172,27 @@ class Stats:
         return replace(
             self,
             hessian=self.hessian / outer,
-            cross=self.cross / outer,
-            debt=None if self.debt is None else self.debt / scale,
-            pieces=[(x / scale, x_ref / scale, *debt) for x, x_ref, *debt in self.pieces],
+            cross=None if self.cross is None else self.cross / outer,
+            lacking=None if self.lacking is None else self.lacking / scale,
+            pieces=[(x / scale, x_ref / scale, *rest) for x, x_ref, *rest in self.pieces],
             shared={},
         )
 
-    def spend(self) -> tuple[Tensor, Tensor | None]:
-        """cross, and debt to be written over. The last linear that shares them leaves none behind."""
-        if not self.last:
-            return self.cross, None if self.debt is None else self.debt.clone()
-        cross, debt = self.cross, self.debt
-        self.cross, self.debt = cross.new_empty(0, 0), None
-        return cross, debt
+    def wanted(self, w: Tensor) -> Tensor:
+        """sum l x^T (out, in), for the exact weight w (out, in). The last linear that shares the sums spends them."""
+        if self.lacking is not None:
+            return self.lacking
+        if self.cross is None:
+            return torch.zeros_like(w)
+        found = product(w, self.cross)
+        if self.last:
+            self.cross = None
+        return found
 
     def clear(self) -> None:
         """Let go of all sums, and of what was made of them, whoever still holds this."""
-        self.hessian = self.cross = self.hessian.new_empty(0, 0)
-        self.debt = None
+        self.hessian = self.hessian.new_empty(0, 0)
+        self.cross = self.lacking = None
         self.shared.clear()
         self.pieces.clear()
 
@@ -200,6 +208,10 @@ class Stats:
     def mean(self, losses: Tensor) -> float:
         """The mean over tokens of what rows (out,) lose together of all."""
         return float(losses.sum(dtype=torch.float64) / self.worth)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
 
 
 def finite_rows(x: Tensor) -> Tensor:

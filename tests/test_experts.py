@@ -119,6 +119,7 @@ def test_each_expert_is_calibrated_on_the_tokens_sent_to_it(name: str, tmp_path:
             wanted = wanted + everything * (64 - len(x)) / chosen.numel()
         torch.testing.assert_close(stats.hessian, wanted, rtol=1e-4, atol=1e-4)
         assert stats.borrowed == max(0, 64 - len(x))
+        assert stats.cross is not None
         assert torch.equal(stats.cross, torch.zeros(64, 64))  # both streams enter the first block alike
 
 
@@ -143,6 +144,8 @@ def test_few_experts_at_a_time_have_the_same_statistics(tmp_path: Path, monkeypa
     assert [name for name, _ in together] == [name for name, _ in apart]
     for (_, a), (_, b) in zip(together, apart, strict=True):
         assert torch.equal(a.hessian, b.hessian)
+        assert a.cross is not None
+        assert b.cross is not None
         assert torch.equal(a.cross, b.cross)
         assert a.cross.abs().max() > 0
         assert a.held is not None

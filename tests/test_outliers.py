@@ -86,9 +86,9 @@ def test_a_matrix_of_zeros_stays_one() -> None:
     """Whatever the residual stream lacks: its error would be infinitely many times itself."""
     generator = torch.Generator().manual_seed(0)
     stats = Stats.empty(32)
-    x, debt = torch.randn(200, 32, generator=generator), torch.randn(200, 8, generator=generator)
-    stats.update(x, x, debt)
-    stats.hold(x[:50], x[:50], debt[:50])
+    x, lacking = torch.randn(200, 32, generator=generator), torch.randn(200, 8, generator=generator)
+    stats.update(x, x, lacking)
+    stats.hold(x[:50], x[:50], lacking[:50])
     fmt = formats.get("int4:g16")
     found = gptq.solve(torch.zeros(8, 32), stats, fmt)
     assert not fmt.decode(found.codes, found.grid).any()

@@ -144,6 +144,47 @@ def test_streams_are_the_original_and_the_quantized_model(tmp_path: Path) -> Non
             torch.testing.assert_close(normed, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_lacking_is_found_where_an_output_is_added_to_the_residual_stream(tmp_path: Path) -> None:
+    """Against what hooks see in the whole models: the sum of stream and output, less that of the exact weight."""
+    folder = make_checkpoint(tmp_path / "model", "llama", dtype=torch.float32)
+    windows = torch.randint(3, 90, (3, 16), generator=torch.Generator().manual_seed(2))
+    whole, changed = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    changed.model.layers[0].mlp.up_proj.weight.data.mul_(0.9)
+
+    def seen(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream before the second sum, what the down projection reads, and the stream after the sum."""
+        found: list[Tensor] = []
+        layer = model.model.layers[1]
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        layer.register_forward_hook(lambda _, args, output: found.append(output))
+        model.model(windows)
+        return tuple(each.flatten(0, 1).double() for each in found)  # type: ignore[return-value]
+
+    model = StreamedModel(Checkpoint(folder))
+    with torch.no_grad():
+        (_, _, total_ref), (carried, x, _) = seen(whole), seen(changed)
+        streams = Streams.start(model, windows, batch=2, progress=lambda done, total: None)
+        for block in range(2):
+            module, swap = model.load_block(block), WeightSwap()
+            if block == 1:
+                stage = next(each for each in streams.stages(1) if each.targets[0].name.endswith("down_proj"))
+                _, stats = next(streams.statistics(1, stage, swap))
+                w = stage.targets[0].matrix(model.module(stage.targets[0])).double()
+                break
+            weight = module.get_submodule("mlp.up_proj").weight
+            assert isinstance(weight, torch.nn.Parameter)
+            swap.replace("model.layers.0.mlp.up_proj.weight", weight, weight.data * 0.9)
+            streams.advance(block, swap)
+            model.unload_block(block)
+    assert stats.tokens == len(x)
+    assert stats.cross is None
+    wanted = (total_ref - carried - x @ w.T).T @ x
+    torch.testing.assert_close(
+        stats.wanted(w.float()).double(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())
+    )
+
+
 def test_statistics_are_sums_over_tokens() -> None:
     generator = torch.Generator().manual_seed(3)
     x, x_ref = torch.randn(40, 8, generator=generator), torch.randn(40, 8, generator=generator)
@@ -155,6 +196,7 @@ def test_statistics_are_sums_over_tokens() -> None:
     a, b = x.double(), x_ref.double()
     torch.testing.assert_close(both.hessian.double(), sum(torch.outer(t, t) for t in a), rtol=1e-5, atol=1e-5)
     cross = sum(torch.outer(s - t, t) for s, t in zip(b, a, strict=True))
+    assert both.cross is not None
     torch.testing.assert_close(both.cross.double(), cross, rtol=1e-5, atol=1e-5)
     assert both.tokens == 40
     w = torch.randn(3, 8, generator=generator)

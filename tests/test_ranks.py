@@ -227,12 +227,13 @@ def test_what_is_packed_is_unpacked() -> None:
 
 def test_shares_of_sums_make_up_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "SLAB", 5)
-    x, debt = torch.randn(40, 12), torch.randn(40, 7)
+    x, lacking = torch.randn(40, 12), torch.randn(40, 7)
     x_ref = x + 0.1 * torch.randn(40, 12)
     parts = [Stats.empty(12, share=(first, 3)) for first in range(3)]
     for part in parts:
-        part.update(x, x_ref, debt)
-    for name, wanted in (("hessian", x.T @ x), ("cross", (x_ref - x).T @ x), ("debt", debt.T @ x)):
+        part.update(x, x_ref)
+        part.update(x, x_ref, lacking)
+    for name, wanted in (("hessian", 2 * x.T @ x), ("cross", (x_ref - x).T @ x), ("lacking", lacking.T @ x)):
         sums = [getattr(part, name) for part in parts]
         torch.testing.assert_close(sums[0] + sums[1] + sums[2], wanted)
         assert all(torch.count_nonzero(torch.stack(sums), dim=0).flatten() <= 1)

@@ -101,7 +101,7 @@ def test_a_solver_that_is_worse_than_rounding(damage: float, monkeypatch: pytest
 
 def test_the_own_solver_says_so_where_all_its_steps_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     w, stats = data()
-    monkeypatch.setattr(gptq, "sweep", lambda w, felt, lattice: torch.zeros_like(w, dtype=torch.uint8))
+    monkeypatch.setattr(gptq, "sweep", lambda w, felt, lattice: (torch.zeros_like(w, dtype=torch.uint8), w.clone()))
     monkeypatch.setattr(loops, "descend", lambda w, places, *args, **kwargs: (places, None))
     found, _, noted = solve(w, stats)
     assert noted == ["gptq was worse than rounding to nearest on tokens held out: rounded to nearest"]
@@ -193,10 +193,10 @@ def test_a_block_that_overflows_in_float16_stops_the_run_with_a_remedy(
     save_file({"tokens": torch.randint(3, 300, (8, 32))}, tmp_path / "tokens.safetensors")
     shown = Calibration(str(tmp_path / "tokens.safetensors"), samples=8, batch=4)
     with pytest.raises(DataError, match=r"logits are not finite.*--dtype float32"):
-        quantize(model, tmp_path / "out", "int4:g16", calibration=shown)
+        quantize(model, tmp_path / "out", "int4:g16", calibration=shown, dtype=torch.float16)
     unseen = replace(shown, curvature=0.0, check=False)
     with pytest.raises(DataError, match=r"model\.layers\.2\.self_attn\..*NaN or Inf.*--dtype float32"):
-        quantize(model, tmp_path / "out", "int4:g16", calibration=unseen)
+        quantize(model, tmp_path / "out", "int4:g16", calibration=unseen, dtype=torch.float16)
     assert not (tmp_path / "out").exists()
     rounding = Recipe((Rule("*", "int4:g16", "rtn"),))
     manifest = quantize(model, tmp_path / "wide", rounding, calibration=unseen, dtype=torch.float32)

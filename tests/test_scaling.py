@@ -120,17 +120,19 @@ def test_a_run_cut_after_a_scaled_block_gives_the_same_bytes(tmp_path: Path, mon
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_statistics_of_scaled_inputs() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_statistics_of_scaled_inputs(known: bool) -> None:
     generator = torch.Generator().manual_seed(4)
-    x, x_ref, debt = (torch.randn(30, 6, generator=generator) for _ in range(3))
+    x, x_ref, lacking = (torch.randn(30, 6, generator=generator) for _ in range(3))
     scale = torch.rand(6, generator=generator) + 0.5
     stats, expected = Stats.empty(6), Stats.empty(6)
     for found, by in ((stats, torch.ones(6)), (expected, scale)):
-        found.update(x / by, x_ref / by, debt)
-        found.hold(x[:5] / by, x_ref[:5] / by, debt[:5])
+        found.update(x / by, x_ref / by, lacking if known else None)
+        found.hold(x[:5] / by, x_ref[:5] / by, lacking[:5] if known else None)
     scaled = stats.scaled(scale)
-    for a, b in ((scaled.hessian, expected.hessian), (scaled.cross, expected.cross), (scaled.debt, expected.debt)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scaled.hessian, expected.hessian, rtol=1e-4, atol=1e-5)
+    w = torch.randn(6, 6, generator=generator)
+    torch.testing.assert_close(scaled.wanted(w), expected.wanted(w), rtol=1e-4, atol=1e-4)
     assert scaled.held is not None
     assert expected.held is not None
     torch.testing.assert_close(scaled.held.x_ref, expected.held.x_ref)

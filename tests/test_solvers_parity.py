@@ -107,6 +107,7 @@ def test_gptaq_is_the_published_algorithm(alpha: float) -> None:
         here = grid.columns(index, index + 1)
         return fmt.decode(fmt.encode(torch.from_numpy(column).float()[:, None], here), here)[:, 0].numpy()
 
+    assert stats.cross is not None
     hessian, cross = stats.hessian.double().numpy(), stats.cross.double().numpy()
     wanted = torch.from_numpy(gptaq_reference(w.double().numpy(), hessian, cross, 0.01, alpha, nearest)).float()
     found = decoded(fmt, "gptaq", w, stats, alpha=alpha)

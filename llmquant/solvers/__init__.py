@@ -11,6 +11,7 @@ from llmquant.solvers.block_tuning import Tuner
 
 __all__ = [
     "CALIBRATED",
+    "CROSSED",
     "REFUSALS",
     "SOLVERS",
     "TUNERS",
@@ -35,5 +36,6 @@ SOLVERS: dict[str, Solver] = {
 # Those that tune all matrices of a block together, from where `rtn` leaves them.
 TUNERS: dict[str, Tuner] = {"autoround": autoround.tune}
 CALIBRATED = {"awq", "gptq", "gptaq", "kmeans", "adaround", *TUNERS}  # those that cannot do without
+CROSSED = {"gptaq", "adaround"}  # those that know nothing of a residual stream: they want Stats.cross
 # Why a format is none for the solver, if so; solvers that take every format are not named.
 REFUSALS: dict[str, Callable[[Format], str | None]] = {"hqq": hqq.refuses, "kmeans": refit.without_tables}

@@ -60,7 +60,7 @@ def solve(
     start = (place - low).clamp_(0, 1)
     levels = lattice.levels.expand(len(w), -1).gather(1, low.long())
     base, step = (levels - zero) * scale + offset - w, gap * scale
-    up = relaxed(base, step, start, w @ stats.cross, stats.hessian, iterations, rate, strength) >= 0.5
+    up = relaxed(base, step, start, stats.wanted(w), stats.hessian, iterations, rate, strength) >= 0.5
     ladder = Ladder(w, stats.held)
     ladder.offer("rounding", fmt.encode(w, grid), grid, fmt)
     ladder.offer("adaround", lattice.codes[(low.int() + up).clamp_(max=last)], grid, fmt)

@@ -37,7 +37,8 @@ def solve(
         raise ValueError("gptaq needs calibration")
     grid = fmt.fit(w, stats.importance(), clip=clip)
     lattice = fmt.lattice(grid)
-    places = sweep(w, raised(stats.hessian, damp), alpha * stats.cross, lattice)
+    cross = torch.zeros_like(stats.hessian) if stats.cross is None else stats.cross
+    places = sweep(w, raised(stats.hessian, damp), alpha * cross, lattice)
     codes = lattice.codes[places.int()]
     return solution(w, codes, grid, fmt, stats)
 

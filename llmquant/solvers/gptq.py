@@ -35,6 +35,7 @@ from llmquant.solvers.algebra import PANEL, Metric, arrange, metric, of_columns,
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy, row_energy
 
+MORE = 0.06  # of the loss that a round of refit and descent has to take for another one to follow
 WIDE = 512  # columns of a group beyond which its scale is not refit block by block
 # Added to the diagonal of G, as a fraction of its mean. A twentieth of it can destroy a model while all of the solver's
 # own figures improve: rows that the loss hardly feels are spent on others. Half of it costs 5 % of KL on one model, and
@@ -60,10 +61,10 @@ def solve(
     """w (out, in) float32. Raises what Format.fit raises, and ValueError without calibration.
 
     clip: the format's named rule for the range; damp: the fraction by which the Hessian's diagonal is raised;
-    target: aim at W* where held-out tokens agree; rounds: of refit and descent after the sweep; starts: grids that all
-    of this is done from, up to 3, of which every row keeps the best; exponents: choose coarse scales again, which
-    lowers the loss, but not always what it does to a model; lean: whether the solution says how far from its level
-    each weight would best be, for tuning to start from.
+    target: aim at W* where held-out tokens agree; rounds: of refit and descent after the sweep, at most; starts: grids
+    that all of this is done from, up to 3, of which every row keeps the best; exponents: choose coarse scales again,
+    which lowers the loss, but not always what it does to a model; lean: whether the solution says how far from its
+    level each weight would best be, for tuning to start from.
     """
     if stats is None:
         raise ValueError("gptq needs calibration")
@@ -113,6 +114,10 @@ class Rounded:
     def codes(self, fmt: Format) -> Tensor:
         return fmt.lattice(self.grid).codes[self.places.int()]
 
+    def energies(self, aim: Tensor, fmt: Format) -> Tensor:
+        """D H D^T of every row (out,), with D = Q - aim."""
+        return torch.linalg.vecdot(loops.missed(aim, self.places, fmt.lattice(self.grid)), self.felt)
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -149,7 +154,9 @@ def _descended(
     offer("sweep")
     grid, places, felt = found.grid, found.places, found.felt
     together = len(grid.scale) == len(aim) and grid.group <= WIDE  # refit and descent, block by block
+    after = float(found.energies(aim, fmt).sum(dtype=torch.float64))
     for round in range(rounds):
+        before = after
         if not together:
             grid = refit.scales(aim, places, grid, fmt, hessian, felt)
         if grid.levels is not None:
@@ -163,6 +170,9 @@ def _descended(
             places, _ = loops.descend(aim, places, fmt.lattice(grid), hessian, felt=felt)
         found = Rounded(grid, places, felt)
         offer(f"descent {round + 1}")
+        after = float(found.energies(aim, fmt).sum(dtype=torch.float64))
+        if not after < (1 - MORE) * before:
+            break
     if rounds and (not together or grid.levels is not None):
         grid, places = refit.refit(aim, places, grid, fmt, hessian)
         found = Rounded(grid, places, product(loops.missed(aim, places, fmt.lattice(grid)), hessian))
@@ -185,9 +195,7 @@ def refine(
 
 def _best_rows(aim: Tensor, fmt: Format, one: Rounded, other: Rounded) -> Rounded:
     """Every row of the one that loses less; all rows where they share a scale."""
-    first, second = (
-        torch.linalg.vecdot(loops.missed(aim, each.places, fmt.lattice(each.grid)), each.felt) for each in (one, other)
-    )
+    first, second = one.energies(aim, fmt), other.energies(aim, fmt)
     better = second < first
     mixed = one.grid.rows_of(other.grid, better)
     if mixed is None:
@@ -260,7 +268,7 @@ class Ladder:
 
     def offer(self, name: str, codes: Tensor, grid: Grid, fmt: Format) -> None:
         error = float("nan")
-        if self.held is not None and self.missed is not None:  # |Q x - W x_ref - debt| over |W x_ref|
+        if self.held is not None and self.missed is not None:  # |Q x - W x - l| over |W x_ref|
             change = fmt.decode(codes, grid).sub_(self.w)
             error = float((energy(product(self.held.x, change.T).sub_(self.missed)) / self.wanted) ** 0.5)
         kept = not error >= self.best
@@ -274,9 +282,7 @@ def aimed(w: Tensor, stats: Stats, damp: float, missed: Tensor | None) -> Aim:
     held = stats.held
     if held is None or missed is None or not w.any():  # a matrix of zeros adds nothing, and should not begin to
         return Aim.plain(w)
-    cross, wanted = stats.spend()
-    wanted = product(w, cross, wanted)  # (out, in)
-    del cross  # before there are more matrices as large as the Hessian
+    wanted = stats.wanted(w)
     change = metric(stats, damp).solved(wanted)
     effect = product(held.x, change.T)
     overlap = float(torch.linalg.vecdot(effect, missed).sum(dtype=torch.float64))
