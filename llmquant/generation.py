@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from llmquant.attention import of_one_query
 from llmquant.errors import DataError
 
 
@@ -79,7 +80,7 @@ def stream(
         how["temperature"] = temperature
     torch.manual_seed(seed)
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), of_one_query():
         model.generate(**inputs, **how, streamer=streamer)
     times = streamer.times or [time.perf_counter()]
     return Written("".join(streamer.pieces), length, len(streamer.times), times[0] - start, times[-1] - start)

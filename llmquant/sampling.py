@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from llmquant.attention import of_one_query
 from llmquant.chats import Turns
 from llmquant.errors import DataError
 from llmquant.text import Progress, evaluating
@@ -49,7 +50,7 @@ def sample_windows(
         scripts.append([*(turns.opening or scripts[0][:-1]), FREE, *turns.reply, FREE])
     windows = torch.zeros(count, length, dtype=torch.int64)
     done = 0
-    with evaluating(model):
+    with evaluating(model), of_one_query():
         for first, script in enumerate(scripts):
             rows = torch.arange(count)[first :: len(scripts)]
             for start in range(0, len(rows), batch):

@@ -80,7 +80,7 @@ def test_with_inputs_that_have_nothing_in_common_the_sweep_is_plain_rounding(spe
     fmt, w = settled(spec), weight()
     grid = fmt.fit(w)
     lattice = fmt.lattice(grid)
-    places, _ = gptq.sweep(w, algebra.Metric.of(torch.eye(112)), lattice)
+    places, _ = gptq.sweep(w, algebra.Metric.of(torch.eye(112), 0.0), lattice)
     assert torch.equal(fmt.decode(lattice.codes[places.int()], grid), fmt.decode(fmt.encode(w, grid), grid))
 
 
@@ -90,7 +90,7 @@ def test_refit_and_descent_only_ever_lower_the_loss(spec: str) -> None:
     hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
     lattice = fmt.lattice(grid)
-    places, _ = gptq.sweep(w, algebra.Metric.of(hessian), lattice)
+    places, _ = gptq.sweep(w, algebra.Metric.of(hessian, 0.0), lattice)
 
     def loss() -> float:
         error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
@@ -117,7 +117,7 @@ def test_coarse_scales_are_chosen_again_and_the_loss_only_falls(spec: str) -> No
     fmt, w = settled(spec), weight()
     hessian = algebra.damped(calibrated().hessian, 0.01)
     grid = fmt.fit(w)
-    places, _ = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
+    places, _ = gptq.sweep(w, algebra.Metric.of(hessian, 0.0), fmt.lattice(grid))
 
     def losses(places: Tensor, grid: formats.Grid) -> Tensor:
         error = (fmt.decode(fmt.lattice(grid).codes[places.int()], grid) - w).double()
@@ -145,7 +145,7 @@ def test_a_wrong_exponent_is_put_right(spec: str) -> None:
         wrong = fmt.alternative(grid, which)
         assert wrong is not None
         start = replace(grid, scale=wrong[1])
-        places, _ = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(start))
+        places, _ = gptq.sweep(w, algebra.Metric.of(hessian, 0.0), fmt.lattice(start))
         lost = (fmt.decode(fmt.lattice(start).codes[places.int()], start) - w).square().sum()
         found, places = coarse.choose(w, places, start, fmt, hessian)
         again = (fmt.decode(fmt.lattice(found).codes[places.int()], found) - w).square().sum()
@@ -175,13 +175,14 @@ def test_a_factor_and_what_it_solves(size: int) -> None:
     felt = algebra.metric(stats, 0.03)
     assert algebra.metric(replace(stats, curvature=torch.eye(3)), 0.03) is felt  # linears that share their input
     assert algebra.metric(stats.scaled(torch.full((size,), 2.0)), 0.03) is not felt
-    ordered = felt.hessian[felt.order][:, felt.order]
+    hessian = algebra.damped(stats.hessian, 0.03)
+    ordered = hessian[felt.order][:, felt.order]
     assert torch.equal(ordered.diagonal(), ordered.diagonal().sort(descending=True).values)
     assert torch.equal(felt.factor, felt.factor.triu())
     root = felt.factor.double()
     torch.testing.assert_close(root @ root.T, ordered.double(), rtol=1e-5, atol=1e-5 * float(ordered.max()))
     right = torch.randn(7, size, generator=torch.Generator().manual_seed(9))
-    wanted = torch.linalg.solve(felt.hessian.double(), right.T.double()).T
+    wanted = torch.linalg.solve(hessian.double(), right.T.double()).T
     torch.testing.assert_close(felt.solved(right.clone()).double(), wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
 
 
@@ -196,7 +197,7 @@ def test_sweep_is_the_textbook_algorithm() -> None:
     fmt, w = settled("int3:g28"), weight(6, 56)
     hessian = algebra.damped(calibrated(56).hessian, 0.05)
     grid = fmt.fit(w)
-    places, _ = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
+    places, _ = gptq.sweep(w, algebra.Metric.of(hessian, 0.0), fmt.lattice(grid))
     order = hessian.diagonal().argsort(descending=True, stable=True).tolist()
     rest, inverse = w.double().clone(), hessian.double().inverse()
     wanted = torch.empty(6, 56)

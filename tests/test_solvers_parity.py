@@ -119,7 +119,7 @@ def test_gptaq_of_one_stream_is_gptq() -> None:
     lattice = fmt.lattice(fmt.fit(w))
     hessian = gptaq.raised(stats.hessian, 0.01)
     alone = gptaq.sweep(w, hessian, torch.zeros_like(hessian), lattice)
-    found, _ = gptq.sweep(w, algebra.Metric.of(hessian), lattice)
+    found, _ = gptq.sweep(w, algebra.Metric.of(hessian, 0.0), lattice)
     assert (alone == found).float().mean() > 0.99  # a tie in one way of adding up is none in the other
 
 
@@ -212,7 +212,7 @@ def test_a_refit_table_never_loses_more(spec: str) -> None:
     fmt, w = settled(spec), weight()
     hessian = algebra.damped(calibrated().hessian, 0.03)
     grid = fmt.fit(w)
-    places, _ = gptq.sweep(w, algebra.Metric.of(hessian), fmt.lattice(grid))
+    places, _ = gptq.sweep(w, algebra.Metric.of(hessian, 0.0), fmt.lattice(grid))
 
     def loss(places: Tensor, grid: formats.Grid) -> float:
         error = (fmt.decode(places, grid) - w).double()

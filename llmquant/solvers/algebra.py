@@ -25,16 +25,20 @@ def runs(start: int, stop: int, most: int) -> list[slice]:
     return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
 
 
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """The Hessian (in, in), its diagonal raised by the fraction `damp` of itself.
+def raised(diagonal: Tensor, damp: float) -> Tensor:
+    """The diagonal (in,) of a Hessian, raised by the fraction `damp` of itself.
 
     Relative to each input's own size, so that a loud input does not drown the others, and weights and inputs may be
     scaled against each other without changing a thing. Inputs that were never active get a millionth of the mean.
     """
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
     floor = (1e-6 * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    diagonal.mul_(1 + damp).clamp_min_(floor)
+    return (diagonal * (1 + damp)).clamp_min_(floor)
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """A copy of the Hessian (in, in) with its diagonal raised."""
+    hessian = hessian.clone()
+    hessian.diagonal().copy_(raised(hessian.diagonal(), damp))
     return hessian
 
 
@@ -85,20 +89,25 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, identity, upper=True)
 
 
-def robust_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
-    """Upper U with U U^T = hessian[order][:, order], of a damped Hessian that may still be singular: more damping until
-    it is not.
+def robust_factor(hessian: Tensor, diagonal: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+    """Upper U with U U^T = hessian[order][:, order], of a Hessian that may be singular: more damping until it is not.
+
+    diagonal (in,): what takes the place of the Hessian's own.
     """
+    diagonal = hessian.diagonal() if diagonal is None else diagonal
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     for extra in (0.0, *DAMPS):
-        matrix = damped(hessian, extra) if extra else hessian
-        factor = factored(matrix.clone() if order is None else _rearranged(matrix, order))
+        matrix = torch.empty_like(hessian)
+        for rows in runs(0, len(matrix), BLOCK):  # which stay in cache
+            matrix[rows] = hessian[order[rows]][:, order]
+        matrix.diagonal().copy_((raised(diagonal, extra) if extra else diagonal)[order])
+        factor = factored(matrix)
         if factor is not None:
             if extra:
                 note_recovery(f"the Hessian is not positive definite: its diagonal was raised by {extra:.0%}")
             return factor
     note_recovery("the Hessian is not positive definite, however damped: errors are not spread")
-    diagonal = hessian.diagonal() if order is None else hessian.diagonal()[order]
-    return torch.diag(diagonal.sqrt())  # errors stay where they are made: plain rounding
+    return torch.diag(diagonal[order].sqrt())  # errors stay where they are made: plain rounding
 
 
 def arrange(x: Tensor, order: Tensor) -> None:
@@ -107,34 +116,25 @@ def arrange(x: Tensor, order: Tensor) -> None:
         rows.copy_(rows[:, order])
 
 
-def _rearranged(matrix: Tensor, order: Tensor) -> Tensor:
-    """matrix[order][:, order], by rows that stay in cache."""
-    found = torch.empty_like(matrix)
-    for rows in runs(0, len(matrix), BLOCK):
-        found[rows] = matrix[order[rows]][:, order]
-    return found
-
-
 @dataclass(frozen=True)
 class Metric:
     """What errors of a weight cost, and in which order its columns are rounded.
 
-    hessian (in, in) float32, damped; order (in,) int64, by descending diagonal; factor (in, in): upper, U U^T =
+    order (in,) int64, by the descending diagonal of the damped Hessian; factor (in, in): upper, U U^T =
     hessian[order][:, order]; noted: what had to be done for it.
     """
 
-    hessian: Tensor
     order: Tensor
     factor: Tensor
     noted: tuple[str, ...]
 
     @classmethod
-    def of(cls, hessian: Tensor) -> Metric:
-        """Of a damped Hessian (in, in)."""
-        order = hessian.diagonal().argsort(descending=True, stable=True)
+    def of(cls, hessian: Tensor, damp: float) -> Metric:
+        diagonal = raised(hessian.diagonal(), damp)
+        order = diagonal.argsort(descending=True, stable=True)
         with recoveries() as noted:
-            factor = robust_factor(hessian, order)
-        return cls(hessian, order, factor, tuple(noted))
+            factor = robust_factor(hessian, diagonal, order)
+        return cls(order, factor, tuple(noted))
 
     def solved(self, right: Tensor) -> Tensor:
         """right hessian^-1, for right (rows, in)."""
@@ -146,7 +146,7 @@ class Metric:
 def metric(stats: Stats, damp: float) -> Metric:
     """That of the damped Hessian: made once for all linears that share their input, and kept with its sums."""
     if damp not in stats.shared:
-        stats.shared[damp] = Metric.of(damped(stats.hessian, damp))
+        stats.shared[damp] = Metric.of(stats.hessian, damp)
     found: Metric = stats.shared[damp]
     for what in found.noted:
         note_recovery(what)

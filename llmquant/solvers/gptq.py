@@ -31,7 +31,7 @@ from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
 from llmquant.products import product
 from llmquant.solvers import coarse, loops, refit
-from llmquant.solvers.algebra import PANEL, Metric, arrange, metric, of_columns, runs
+from llmquant.solvers.algebra import PANEL, Metric, arrange, damped, metric, of_columns, runs
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy, row_energy
 
@@ -76,10 +76,10 @@ def solve(
     rules = [(importance, clip), (None, clip), (None, "minmax")][: max(1, starts)]
     grids = [fmt.fit(aim.at, weights, clip=rule) for weights, rule in rules]
     swept = [Rounded(grid, *sweep(aim.at, felt, fmt.lattice(grid))) for grid in grids]
-    hessian = felt.hessian
     del felt  # its factor is as large as the Hessian
     if stats.last:
         stats.shared.clear()
+    hessian = damped(stats.hessian, damp)
     descended = partial(_descended, aim.at, fmt=fmt, hessian=hessian, rounds=rounds, exponents=exponents)
     found = descended(swept.pop(0), ladder=ladder)
     while swept:
