@@ -1,4 +1,4 @@
-"""Attention of one new token on a CPU, where torch takes longer for one query than for two, and reads keys repeatedly."""
+"""Attention of one new token on a CPU, where torch takes longer for one query than for two, and reads keys often."""
 
 from __future__ import annotations
 
