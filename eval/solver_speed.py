@@ -63,12 +63,14 @@ def measured(rows: int, columns: int, tokens: int, spec: str) -> list[dict[str, 
         few.update(torch.randn(128, 64), torch.randn(128, 64))
         SOLVERS["gptq"](torch.randn(32, 64), few, formats.get("int4:g32:fp16"), **options)
     stats, spent = Stats.empty(columns), 0.0
+    stats.last = rows < columns
     for start in range(0, tokens - tokens // 8, 2048):
         x, x_ref = inputs(min(2048, tokens - tokens // 8 - start))
         began = time.process_time()
-        stats.update(x, x_ref)
+        stats.update(x, x_ref, (x_ref - x) @ w.T if stats.last else None)
         spent += time.process_time() - began
-    stats.hold(*inputs(tokens // 8))
+    x, x_ref = inputs(tokens // 8)
+    stats.hold(x, x_ref, (x_ref - x) @ w.T if stats.last else None)
     g = torch.randn(-(-rows // 32), 64, 32, generator=generator)
     found = []
     for way, options in WAYS.items():

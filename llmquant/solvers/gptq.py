@@ -137,9 +137,10 @@ class Aim:
         hessian: the damped one, of which what was added is taken off again.
         """
         error = loops.missed(self.w, found.places, fmt.lattice(found.grid))
-        total = torch.linalg.vecdot(error + self.at - self.w, found.felt).add_(self.apart)
-        added = (hessian.diagonal() - stats.hessian.diagonal()).clamp_min_(0).sqrt_()
-        return total.sub_(torch.linalg.vecdot(error.mul_(added), error)).clamp_min_(0)
+        total = torch.linalg.vecdot((error + self.at).sub_(self.w), found.felt).add_(self.apart)
+        added = (hessian.diagonal() - stats.hessian.diagonal()).clamp_min_(0)
+        error.mul_(added.sqrt_())
+        return total.sub_(torch.linalg.vecdot(error, error)).clamp_min_(0)
 
 
 def _descended(
