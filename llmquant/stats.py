@@ -180,13 +180,11 @@ class Stats:
 
     def wanted(self, w: Tensor) -> Tensor:
         """sum l x^T (out, in), for the exact weight w (out, in). The last linear that shares the sums spends them."""
-        if self.lacking is not None:
-            return self.lacking
-        if self.cross is None:
-            return torch.zeros_like(w)
-        found = product(w, self.cross)
+        found = self.lacking
+        if found is None:
+            found = torch.zeros_like(w) if self.cross is None else product(w, self.cross)
         if self.last:
-            self.cross = None
+            self.cross = self.lacking = None
         return found
 
     def clear(self) -> None:

@@ -214,7 +214,8 @@ def by_size(diagonal: Tensor, group: int | None = None) -> Tensor:
 def _panels(order: Tensor, block: int, group: int | None) -> Iterator[list[slice]]:
     """Runs of at most `block` columns; of whole groups, of at least one, where they go together.
 
-    Those whose steps reach the rest of the columns together are in a list: what few have changed is spread at once.
+    What the runs of a list change is spread to the columns outside of it in one product. Where scales are refit nearly
+    all changes, and a list has some PANEL columns; elsewhere few do, and each run is by itself.
     """
     if group is None:
         yield from ([here] for here in runs(0, len(order), block))
