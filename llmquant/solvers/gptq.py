@@ -35,6 +35,7 @@ from llmquant.solvers.algebra import PANEL, Metric, arrange, damped, metric, of_
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy, row_energy
 
+ROWS = 256  # whose energies are found at once
 MORE = 0.06  # of the loss that a round of refit and descent has to take for another one to follow
 WIDE = 512  # columns of a group beyond which its scale is not refit block by block
 # Added to the diagonal of G, as a fraction of its mean. A twentieth of it can destroy a model while all of the solver's
@@ -116,7 +117,10 @@ class Rounded:
 
     def energies(self, aim: Tensor, fmt: Format) -> Tensor:
         """D H D^T of every row (out,), with D = Q - aim."""
-        return torch.linalg.vecdot(loops.missed(aim, self.places, fmt.lattice(self.grid)), self.felt)
+        error = loops.missed(aim, self.places, fmt.lattice(self.grid))
+        return torch.cat(
+            [torch.linalg.vecdot(a, b) for a, b in zip(error.split(ROWS), self.felt.split(ROWS), strict=True)]
+        )
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,13 @@ class Aim:
         hessian: the damped one, of which what was added is taken off again.
         """
         error = loops.missed(self.w, found.places, fmt.lattice(found.grid))
-        total = torch.linalg.vecdot((error + self.at).sub_(self.w), found.felt).add_(self.apart)
         added = (hessian.diagonal() - stats.hessian.diagonal()).clamp_min_(0)
-        error.mul_(added.sqrt_())
-        return total.sub_(torch.linalg.vecdot(error, error)).clamp_min_(0)
+        total = self.apart.clone()
+        for rows in runs(0, len(error), ROWS):
+            own = error[rows]
+            total[rows] += torch.linalg.vecdot(own + self.at[rows] - self.w[rows], found.felt[rows])
+            total[rows] -= torch.linalg.vecdot(own * added, own)
+        return total.clamp_min_(0)
 
 
 def _descended(

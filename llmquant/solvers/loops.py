@@ -185,7 +185,7 @@ def descend(
             if len(panel) > 1:
                 for rest in (slice(0, whole.start), slice(whole.stop, len(order))):
                     _spread(moved, near, felt, rest)
-        changes.append(int((places != before).sum()))
+        changes.append(int(torch.count_nonzero(places != before)))
     back = order.argsort()
     arrange(felt, back)
     return places[:, back], changes
