@@ -67,6 +67,8 @@ FORBIDDEN = {
     "experts": [*WRITING, "matrices", "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "matrices": [*WRITING, "checkpoint", "formats", "hf", "linear", "text", "metrics"],
     "hooks": ["*"],
+    "products": ["*"],
+    "attention": ["*"],
     "finished": ["*"],
     "stages": ["solvers", "calibration", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
     "swap": ["solvers", "calibration", "pipeline", "plan", "recipe", "output", "cli", "hf", "linear", "formats"],
