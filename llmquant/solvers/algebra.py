@@ -99,7 +99,7 @@ def robust_factor(hessian: Tensor, diagonal: Tensor | None = None, order: Tensor
     for extra in (0.0, *DAMPS):
         matrix = torch.empty_like(hessian)
         for rows in runs(0, len(matrix), BLOCK):  # which stay in cache
-            matrix[rows] = hessian[order[rows]][:, order]
+            matrix[rows] = hessian.index_select(0, order[rows]).index_select(1, order)
         matrix.diagonal().copy_((raised(diagonal, extra) if extra else diagonal)[order])
         factor = factored(matrix)
         if factor is not None:
@@ -113,7 +113,7 @@ def robust_factor(hessian: Tensor, diagonal: Tensor | None = None, order: Tensor
 def arrange(x: Tensor, order: Tensor) -> None:
     """Put the columns of x (out, in) in that order, in place."""
     for rows in x.split(BLOCK):
-        rows.copy_(rows[:, order])
+        rows.copy_(rows.index_select(1, order))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Metric:
 
     def solved(self, right: Tensor) -> Tensor:
         """right hessian^-1, for right (rows, in)."""
-        found = solved(right[:, self.order], self.factor)
+        found = solved(right.index_select(1, self.order), self.factor)
         arrange(found, self.order.argsort())
         return found
 

@@ -303,7 +303,7 @@ def sweep(w: Tensor, felt: Metric, lattice: Lattice) -> tuple[Tensor, Tensor]:
     """Places (out, in) uint8 of the levels chosen, columns of large diagonal first, the grid fixed beforehand; and
     (Q - w) H (out, in), nearly half of which has been multiplied out by then.
     """
-    factor, state = felt.factor, w[:, felt.order]  # columns in the order they are visited: w, then Q - w
+    factor, state = felt.factor, w.index_select(1, felt.order)  # columns in the order they are visited: w, then Q - w
     whitened = torch.zeros_like(w)  # (Q - w) U
     places = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     panels = runs(0, w.shape[1], PANEL)
@@ -320,4 +320,4 @@ def sweep(w: Tensor, felt: Metric, lattice: Lattice) -> tuple[Tensor, Tensor]:
         whitened[:, panel] = product(whitened[:, panel.start :], factor[panel, panel.start :].T)
     back = felt.order.argsort()
     arrange(whitened, back)
-    return places[:, back], whitened
+    return places.index_select(1, back), whitened

@@ -162,7 +162,7 @@ def descend(
     felt = product(error, hessian) if felt is None else felt
     for each in (error, felt):
         arrange(each, order)
-    rounding, places = _rounding(lattice, order), places[:, order]
+    rounding, places = _rounding(lattice, order), places.index_select(1, order)
     free = torch.ones(len(w), dtype=torch.bool, device=w.device) if rows is None else rows
     coupling, turns = (None, None) if curvature is None else _coupled(curvature, len(w))
     changes = []
@@ -170,7 +170,7 @@ def descend(
         before = places.clone()
         for panel in _panels(order, block, None if stored is None else lattice.group):
             whole = slice(panel[0].start, panel[-1].stop)
-            near = hessian[order[whole]][:, order]  # (k, in)
+            near = hessian.index_select(0, order[whole]).index_select(1, order)  # (k, in)
             moved = error[:, whole].neg()
             for here in panel:
                 at = slice(here.start - whole.start, here.stop - whole.start)
@@ -188,7 +188,7 @@ def descend(
         changes.append(int(torch.count_nonzero(places != before)))
     back = order.argsort()
     arrange(felt, back)
-    return places[:, back], changes
+    return places.index_select(1, back), changes
 
 
 def missed(w: Tensor, places: Tensor, lattice: Lattice) -> Tensor:
