@@ -35,7 +35,7 @@ from llmquant.solvers.algebra import PANEL, Metric, arrange, damped, metric, of_
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy, row_energy
 
-ROWS = 256  # whose energies are found at once
+ROWS = 256  # of which energies, and codes, are found at once
 MORE = 0.06  # of the loss that a round of refit and descent has to take for another one to follow
 WIDE = 512  # columns of a group beyond which its scale is not refit block by block
 # Added to the diagonal of G, as a fraction of its mean. A twentieth of it can destroy a model while all of the solver's
@@ -113,7 +113,8 @@ class Rounded:
     felt: Tensor
 
     def codes(self, fmt: Format) -> Tensor:
-        return fmt.lattice(self.grid).codes[self.places.int()]
+        codes = fmt.lattice(self.grid).codes
+        return torch.cat([codes[rows.int()] for rows in self.places.split(ROWS)])  # indices of 64 bits, for a few rows
 
     def energies(self, aim: Tensor, fmt: Format) -> Tensor:
         """D H D^T of every row (out,), with D = Q - aim."""
