@@ -36,6 +36,8 @@ CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
 TRIED = 14 * 64  # tokens that go through a block in float32 to find where scales can be moved
 EACH = 5e4  # operations of a product that take as long as what the gptq solver does to a weight besides
+STEP = 1.5e-3  # seconds that a block takes for one token of TOGETHER windows, however small it is
+TOGETHER = 32  # windows that the model writes at once
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
 
 
@@ -188,7 +190,9 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     passes += 3 * work.curvature
     low_operations = 2 * work.tokens * passing * passes + 2 * 3 * work.curvature * work.tokens * head
     low_operations += 2 * work.checked * (passing + head)
-    low_operations += 2 * SLEEP * work.tokens * (passing + head) if work.sampled else 0
+    if work.sampled:
+        low_operations += 2 * SLEEP * work.tokens * (passing + head)
+        total += STEP * work.tokens / TOGETHER * max(1, len(of_blocks(rows)) - 1)
     low_operations += 2 * 3 * work.tuning * work.batch * passing
     high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)
     high_operations *= (1 + 2) * work.tokens / 2  # half of the Hessian, all of the cross terms; most share their input
