@@ -65,14 +65,15 @@ def test_the_number_of_threads_does_not_change_a_bit(size: tuple[int, int, int])
 
 def test_no_layout_falls_into_a_loop_that_is_a_hundred_times_as_slow() -> None:
     """As a weight with gaps between its rows does in oneDNN."""
+    torch.set_num_threads(1)
     spent = {}
     for first in ("whole", "turned part"):
         for second in ("whole", "part", "turned", "turned part"):
             a, b = laid_out(256, 512, first, 1), laid_out(512, 512, second, 2)
             times = []
             for _ in range(4):
-                start = time.perf_counter()
+                start = time.thread_time()
                 product(a, b)
-                times.append(time.perf_counter() - start)
+                times.append(time.thread_time() - start)
             spent[first, second] = min(times)
     assert max(spent.values()) < 20 * min(spent.values())
