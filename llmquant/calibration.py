@@ -262,11 +262,12 @@ class Streams:
         linear = self.model.module(stage.targets[0])
         with swap.original():
             weights = quieted(carried_ref + linear(unscaled))
-            w = stage.targets[0].matrix(linear).float()
+            w = stage.targets[0].matrix(linear)
         found = {"x": x, "x_ref": x_ref}
         if not stage.crossed:
             moved = (unscaled - x * scale).float()
-            found["lacking"] = product(moved.flatten(0, -2), w.T).view(*moved.shape[:-1], -1) + (carried_ref - carried)
+            found["lacking"] = product(moved.flatten(0, -2), w.float().T).unflatten(0, moved.shape[:-1])
+            found["lacking"] += carried_ref - carried
         if (weights < 1).any():
             found = {name: part * weights.to(part.dtype) for name, part in found.items()}
         return Parcel(None, found)

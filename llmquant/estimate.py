@@ -24,6 +24,7 @@ from llmquant.formats import Format, Grid
 from llmquant.matrices import Target, text_config
 from llmquant.products import product
 from llmquant.recipe import Rule
+from llmquant.sampling import AT_ONCE
 from llmquant.solvers import CALIBRATED, SOLVERS, TUNERS, default_of
 from llmquant.stats import EXPERT_BYTES, HELD, SEEN_BYTES
 from llmquant.tune import Means
@@ -36,8 +37,7 @@ CHECKED = 128  # tokens of the check that ends a run
 DISK = 1e9  # bytes a second that are written, read back, hashed and compared: a third of it is the disk's
 TRIED = 14 * 64  # tokens that go through a block in float32 to find where scales can be moved
 EACH = 5e4  # operations of a product that take as long as what the gptq solver does to a weight besides
-STEP = 1.5e-3  # seconds that a block takes for one token of TOGETHER windows, however small it is
-TOGETHER = 32  # windows that the model writes at once
+STEP = 1.5e-3  # seconds that a block takes for one token of all windows written at once, however small it is
 SLEEP = 2.0  # how much slower a product of few rows is, when the model writes its own samples token by token
 
 
@@ -181,7 +181,8 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
         total += low * 3 * 2 * CHECKED * (weights + head)
     if not work.tokens:
         return total
-    matrices = max(1, len({row.target.listed for row in rows}) // max(1, len(of_blocks(rows)) - 1))
+    blocks = max(1, len(of_blocks(rows)) - 1)
+    matrices = max(1, len({row.target.listed for row in rows}) // blocks)
     passing = sum(_share(model, row) * row.weights for row in rows)  # a token comes through a few of the experts
     # Both streams are advanced once, and run about half of the block for each stage, of which most blocks have four;
     # then, on what is held out, the whole block for every matrix whose rival it judges.
@@ -192,13 +193,13 @@ def seconds(model: StreamedModel, rows: tuple[Row, ...], nbytes: int, work: Work
     low_operations += 2 * work.checked * (passing + head)
     if work.sampled:
         low_operations += 2 * SLEEP * work.tokens * (passing + head)
-        total += STEP * work.tokens / TOGETHER * max(1, len(of_blocks(rows)) - 1)
+        total += STEP * work.tokens / AT_ONCE * blocks
     low_operations += 2 * 3 * work.tuning * work.batch * passing
     high_operations = sum(_share(model, row) * row.target.shape[1] ** 2 for row in rows)
     high_operations *= (1 + 2) * work.tokens / 2  # half of the Hessian, all of the cross terms; most share their input
     high_operations += sum(_solving(row, work) for row in rows if row.rule.solver in CALIBRATED)
     high_operations += 2 * TRIED * weights
-    return total + (low * low_operations + flop_of_sums() * high_operations) / work.ranks
+    return total + (low * low_operations + flop(torch.float32, product) * high_operations) / work.ranks
 
 
 def _share(model: StreamedModel, row: Row) -> float:
@@ -244,17 +245,10 @@ def _fitting_one(fmt: Format, clip: Any, columns: int) -> float:
 
 
 @cache
-def flop(dtype: torch.dtype) -> float:
-    """Seconds of one operation in a matrix product of this type, as models make it."""
+def flop(dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> float:
+    """Seconds of one operation in a matrix product of this type; `multiply`: as models make it, or `product`."""
     a = torch.randn(512, 512).to(dtype)
-    return _timed(lambda: torch.mm(a, a), 3) / (2 * 512**3)
-
-
-@cache
-def flop_of_sums() -> float:
-    """The same of statistics and solvers."""
-    a = torch.randn(512, 512)
-    return _timed(lambda: product(a, a), 3) / (2 * 512**3)
+    return _timed(lambda: multiply(a, a), 3) / (2 * 512**3)
 
 
 def _timed(work: Callable[[], object], repeats: int) -> float:

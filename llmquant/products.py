@@ -1,8 +1,8 @@
 """Products in float32 whose bits do not depend on the number of threads.
 
 How a long sum is cut up among threads would change its bits. So a product is added up in runs of terms that no library
-cuts, with whole sixteens of columns. On processors with AVX-512 that are not Intel's, for which MKL keeps to AVX2, long
-sums are oneDNN's: twice as fast on Zen 5.
+cuts, with whole sixteens of columns. On AMD's processors with AVX-512, for which MKL keeps to AVX2, long sums are
+oneDNN's: twice as fast on Zen 5.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ TERMS = 256  # of a product that are added up in one go: MKL does not cut up to 
 WIDTH = 16  # columns of a product, whole ones: threads would share out others so that some come to another loop
 LONG = 4096  # the same of oneDNN, which does not cut those
 PART = 2**22  # numbers of a product of oneDNN's, which is added to what there is only when it is done
+
+
+def runs(start: int, stop: int, most: int) -> list[slice]:
+    """From start to stop, at most so many at a time."""
+    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0) -> Tensor:
@@ -44,11 +49,6 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, alpha: float = 1.0)
 def _onednn_is_faster() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in _vendor()
-
-
-def _vendor() -> str:
-    """Who made the processor, as it says itself; a guess of "Intel" where nothing says."""
     facts = Path("/proc/cpuinfo")
-    named = facts.read_text() if facts.exists() else platform.processor()
-    return "AMD" if "AuthenticAMD" in named else "Intel"
+    said = facts.read_text() if facts.exists() else platform.processor()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in said

@@ -16,6 +16,7 @@ from llmquant.chats import Turns
 from llmquant.errors import DataError
 from llmquant.text import Progress, evaluating
 
+AT_ONCE = 32  # windows
 FREE = -1  # in a script of token ids: here the model writes
 
 
@@ -27,7 +28,7 @@ def sample_windows(
     length: int,
     seed: int,
     turns: Turns | None = None,
-    batch: int = 32,
+    batch: int = AT_ONCE,
     progress: Progress | None = None,
 ) -> Tensor:
     """What the model writes by itself: windows (count, length) int64 on the CPU, for calibration without data.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.products import product
+from llmquant.products import product, runs
 
 EXPERT_BYTES = 2**29  # of tokens sent to experts that are held at once; the block runs again for the experts beyond
 SEEN_BYTES = 2**29  # of what the reference shows of a block that is kept, for it not to be run again and again
@@ -21,7 +21,7 @@ SLAB = 1024  # rows of a sum that are added up at once, by whichever process
 
 def slabs(rows: int) -> list[slice]:
     """All rows of a sum, a few at a time: the same ones, to the last bit, however many processes share them."""
-    return [slice(start, min(start + SLAB, rows)) for start in range(0, rows, SLAB)]
+    return runs(0, rows, SLAB)
 
 
 @dataclass
@@ -94,6 +94,8 @@ class Stats:
 
     def put_together(self, spread: Callable[[Tensor], None]) -> None:
         """With spread(sum): to all processes the rows that each has added up, see `share`."""
+        if self.share[1] == 1:
+            return
         for total in (self.hessian, self.cross, self.lacking):
             if total is not None:
                 spread(total)

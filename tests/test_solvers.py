@@ -305,11 +305,18 @@ def test_same_bits_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_the_last_linear_that_shares_sums_uses_them_up_and_finds_the_same() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_the_last_linear_that_shares_sums_uses_them_up_and_finds_the_same(known: bool) -> None:
     fmt, w, stats = settled("int3:g28"), weight(), calibrated()
+    if known:
+        lacking = inputs(2000, 48, seed=7)[0]
+        stats.cross, stats.lacking = None, 0.01 * lacking.T @ inputs(2000, 112, seed=2)[0]
+        stats.pieces = [(x, x_ref, 0.01 * lacking[: len(x)]) for x, x_ref in stats.pieces]
     stats.curvature = torch.eye(16).repeat(3, 1, 1) + 0.1
     first = SOLVERS["gptq"](w, stats, fmt)
-    assert stats.cross is not None
+    total = stats.lacking if known else stats.cross
+    assert total is not None
+    assert total.shape == ((48, 112) if known else (112, 112))
     stats.last = True
     last = SOLVERS["gptq"](w, stats, fmt)
     assert first.rival is not None
@@ -319,6 +326,7 @@ def test_the_last_linear_that_shares_sums_uses_them_up_and_finds_the_same() -> N
         assert torch.equal(a.grid.scale, b.grid.scale)
         assert a.loss == b.loss
     assert stats.cross is None
+    assert stats.lacking is None
     assert not stats.shared
 
 

@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from llmquant.formats.base import Lattice
-from llmquant.products import product
+from llmquant.products import product, runs
 from llmquant.solvers.base import note_recovery, recoveries
 from llmquant.stats import Stats
 
 DAMPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 BLOCK = 128  # columns of a factor that are found at once: those of 256 have other bits on two threads
 PANEL = 1024  # columns whose blocks are brought up to date by the rest of a matrix in one product
-
-
-def runs(start: int, stop: int, most: int) -> list[slice]:
-    """From start to stop, at most so many at a time."""
-    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]
 
 
 def raised(diagonal: Tensor, damp: float) -> Tensor:

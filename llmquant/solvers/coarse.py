@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import Format, Grid
-from llmquant.products import product
+from llmquant.products import runs
 from llmquant.solvers import loops
 from llmquant.solvers.algebra import of_columns, robust_factor, solved
 
@@ -27,7 +27,7 @@ def choose(
     """
     which = 0
     while (other := fmt.alternative(grid, which)) is not None:
-        felt = product(loops.missed(w, places, fmt.lattice(grid)), hessian) if felt is None else felt
+        felt = loops.gradient(w, places, fmt.lattice(grid), hessian) if felt is None else felt
         grid, places = _tried(w, places, grid, *other, fmt, hessian, felt)
         which += 1
     return grid, places
@@ -46,18 +46,17 @@ def _tried(
     """With one other scale for each `width` columns."""
     lattice, error = fmt.lattice(replace(grid, scale=scale)), loops.missed(w, places, fmt.lattice(grid))
     places, chosen = places.clone(), grid.scale.clone()
-    for start in range(0, w.shape[1], width):
-        here = slice(start, min(start + width, w.shape[1]))
-        groups = slice(start // grid.group, -(-here.stop // grid.group))
+    for here in runs(0, w.shape[1], width):
+        groups = slice(here.start // grid.group, -(-here.stop // grid.group))
         local, mine = hessian[here, here], error[:, here]
         rest = felt[:, here] - mine @ local  # what the errors of other columns ask for
         factor = robust_factor(local)
         goal = w[:, here] - solved(rest.clone(), factor)
-        columns = torch.arange(start, here.stop, device=w.device)
+        columns = torch.arange(here.start, here.stop, device=w.device)
         mix = factor / factor.diagonal()
         found, _ = loops.gptq_block(goal, torch.zeros_like(goal), mix, lattice, columns)
         levels = lattice.levels.expand(len(w), -1).gather(1, found.long())
-        new = levels * of_columns(scale[:, groups], here.stop - start, grid.group) - w[:, here]
+        new = levels * of_columns(scale[:, groups], here.stop - here.start, grid.group) - w[:, here]
         better = _loss(new, local, rest) < _loss(mine, local, rest)
         felt.addmm_((new - mine) * better.unsqueeze(1), hessian[here])
         places[better, here], error[better, here], chosen[better, groups] = (

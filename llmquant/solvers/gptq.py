@@ -29,9 +29,9 @@ from torch import Tensor
 
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import Lattice, gaps
-from llmquant.products import product
+from llmquant.products import product, runs
 from llmquant.solvers import coarse, loops, refit
-from llmquant.solvers.algebra import PANEL, Metric, arrange, damped, metric, of_columns, runs
+from llmquant.solvers.algebra import PANEL, Metric, arrange, damped, metric, of_columns
 from llmquant.solvers.base import Solution, Step
 from llmquant.stats import Held, Stats, energy, row_energy
 
@@ -163,14 +163,17 @@ def _descended(
     offer("sweep")
     grid, places, felt = found.grid, found.places, found.felt
     together = len(grid.scale) == len(aim) and grid.group <= WIDE  # refit and descent, block by block
-    after = float(found.energies(aim, fmt).sum(dtype=torch.float64))
+    before = 0.0
     for round in range(rounds):
-        before = after
+        lost = float(found.energies(aim, fmt).sum(dtype=torch.float64))
+        if round and not lost < (1 - MORE) * before:
+            break
+        before = lost
         if not together:
             grid = refit.scales(aim, places, grid, fmt, hessian, felt)
         if grid.levels is not None:
             grid, places = refit.tables(aim, places, grid, fmt, hessian)
-            felt = product(loops.missed(aim, places, fmt.lattice(grid)), hessian)
+            felt = loops.gradient(aim, places, fmt.lattice(grid), hessian)
         if exponents:
             grid, places = coarse.choose(aim, places, grid, fmt, hessian, felt)
         if together:
@@ -179,12 +182,9 @@ def _descended(
             places, _ = loops.descend(aim, places, fmt.lattice(grid), hessian, felt=felt)
         found = Rounded(grid, places, felt)
         offer(f"descent {round + 1}")
-        after = float(found.energies(aim, fmt).sum(dtype=torch.float64))
-        if not after < (1 - MORE) * before:
-            break
     if rounds and (not together or grid.levels is not None):
         grid, places = refit.refit(aim, places, grid, fmt, hessian)
-        found = Rounded(grid, places, product(loops.missed(aim, places, fmt.lattice(grid)), hessian))
+        found = Rounded(grid, places, loops.gradient(aim, places, fmt.lattice(grid), hessian))
         offer("refit")
     return found
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from llmquant.formats.base import Lattice
-from llmquant.products import TERMS, product
-from llmquant.solvers.algebra import PANEL, arrange, runs
+from llmquant.products import TERMS, product, runs
+from llmquant.solvers.algebra import PANEL, arrange
 
 # Rows that a thread works on at a time: 32 KB of a block of 128 columns, which stay in the first cache.
 ROWS_TOGETHER = 64
@@ -194,10 +194,15 @@ def descend(
 def missed(w: Tensor, places: Tensor, lattice: Lattice) -> Tensor:
     """Q - w (out, in), Q being the levels that the places (out, in) uint8 say."""
     error = torch.empty_like(w)
-    for columns in torch.arange(w.shape[1], device=w.device).split(BLOCK):
-        here = slice(int(columns[0]), int(columns[-1]) + 1)
+    for here in runs(0, w.shape[1], BLOCK):
+        columns = torch.arange(here.start, here.stop, device=w.device)
         error[:, here] = _rounding(lattice, columns).values(places[:, here], slice(None)) - w[:, here]
     return error
+
+
+def gradient(w: Tensor, places: Tensor, lattice: Lattice, hessian: Tensor) -> Tensor:
+    """(Q - w) H (out, in), multiplied out."""
+    return product(missed(w, places, lattice), hessian)
 
 
 def by_size(diagonal: Tensor, group: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llmquant.formats import Format, Grid
 from llmquant.formats.base import PIECE
 from llmquant.formats.kmeans import KMeans
-from llmquant.products import product
+from llmquant.products import product, runs
 from llmquant.solvers import loops
 from llmquant.solvers.algebra import of_columns, steps_of
 from llmquant.stats import row_energy
@@ -38,10 +38,9 @@ def scales(w: Tensor, places: Tensor, grid: Grid, fmt: Format, hessian: Tensor, 
         return grid
     lattice = fmt.lattice(grid)
     steps = steps_of(places, lattice)
-    felt = product(loops.missed(w, places, lattice), hessian) if felt is None else felt
+    felt = loops.gradient(w, places, lattice, hessian) if felt is None else felt
     scale = grid.scale.clone()
-    for index, start in enumerate(range(0, w.shape[1], grid.group)):
-        columns = slice(start, min(start + grid.group, w.shape[1]))
+    for index, columns in enumerate(runs(0, w.shape[1], grid.group)):
         mine = steps[:, columns]
         slope = -torch.linalg.vecdot(mine, felt[:, columns])
         bend = row_energy(mine, hessian[columns, columns])
